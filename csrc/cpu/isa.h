@@ -1,0 +1,10 @@
+// What kernels.inl needs from outside, included before the target pragma of each isa_*.cpp.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/types.h"
+#include "cpu/candidates.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"

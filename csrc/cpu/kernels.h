@@ -1,0 +1,24 @@
+// The CPU kernels, one table an instruction set; kernels() is the best one this CPU runs.
+#pragma once
+
+#include "common/types.h"
+
+namespace deltafx {
+
+// The new frame, with any strides (in elements).
+struct EncodeParams {
+  Output out;
+  const void* x;
+  DType dtype;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+  int64_t block;  // sites are gated in block x block squares; 1 gates each by itself
+};
+
+struct Kernels {
+  const char* isa;
+  void (*encode)(const EncodeParams&);
+};
+
+const Kernels& kernels();
+
+}  // namespace deltafx

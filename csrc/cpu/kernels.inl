@@ -1,0 +1,15 @@
+// All CPU kernels for one instruction set: included once by each isa_*.cpp, which defines
+// DELTAFX_ISA (a namespace) and DELTAFX_LANES (floats a vector). Standard headers come before, out
+// of reach of the target pragma, so that no inline function of theirs is compiled for it.
+
+namespace deltafx::DELTAFX_ISA {
+
+#include "cpu/simd.inl"
+#include "cpu/activation.inl"
+#include "cpu/truncate.inl"
+#include "cpu/encode.inl"
+
+extern const Kernels table;
+const Kernels table = {DELTAFX_ISA_NAME, encode};
+
+}  // namespace deltafx::DELTAFX_ISA

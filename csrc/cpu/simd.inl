@@ -1,0 +1,128 @@
+// Vectors of the ISA this is compiled for, through GCC/Clang vector extensions: one source serves
+// AVX-512, AVX2 and everything else. Included inside namespace deltafx::DELTAFX_ISA by kernels.inl.
+//
+// A Vec is DELTAFX_LANES floats. Memory is fp32, bf16 or (memory only) fp16; arithmetic is fp32.
+
+constexpr int kLanes = DELTAFX_LANES;
+typedef float Vec __attribute__((vector_size(DELTAFX_LANES * 4)));
+typedef int32_t IntVec __attribute__((vector_size(DELTAFX_LANES * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(DELTAFX_LANES * 2)));
+
+#define DELTAFX_INLINE inline __attribute__((always_inline))
+
+struct BF16 {
+  uint16_t bits;
+};
+
+DELTAFX_INLINE Vec splat(float v) { return Vec{} + v; }
+
+DELTAFX_INLINE float to_float(float v) { return v; }
+DELTAFX_INLINE float to_float(BF16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Round to nearest even; a NaN stays a NaN.
+DELTAFX_INLINE uint16_t bf16_bits(float v) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, 4);
+  if (v != v) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+DELTAFX_INLINE void store_one(float* p, float v) { *p = v; }
+DELTAFX_INLINE void store_one(BF16* p, float v) { p->bits = bf16_bits(v); }
+
+DELTAFX_INLINE Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+DELTAFX_INLINE Vec load(const BF16* p) {
+  HalfVec half;
+  __builtin_memcpy(&half, p, sizeof half);
+  const IntVec wide = __builtin_convertvector(half, IntVec) << 16;
+  Vec v;
+  __builtin_memcpy(&v, &wide, sizeof v);
+  return v;
+}
+DELTAFX_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+DELTAFX_INLINE void store(BF16* p, Vec v) {
+  IntVec bits;
+  __builtin_memcpy(&bits, &v, sizeof v);
+  const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const IntVec nan = v != v;
+  const HalfVec half =
+      __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), HalfVec);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+
+// The first `count` (< kLanes) lanes; the others are 0.
+template <class T>
+DELTAFX_INLINE Vec load_some(const T* p, int64_t count) {
+  T lanes[kLanes] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+DELTAFX_INLINE void store_some(T* p, Vec v, int64_t count) {
+  T lanes[kLanes];
+  store(lanes, v);
+  __builtin_memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
+}
+
+// What storing as T and loading again gives.
+DELTAFX_INLINE Vec rounded_to(Vec v, const float*) { return v; }
+DELTAFX_INLINE Vec rounded_to(Vec v, const BF16*) {
+  BF16 lanes[kLanes];
+  store(lanes, v);
+  return load(lanes);
+}
+
+DELTAFX_INLINE Vec select(IntVec mask, Vec a, Vec b) {
+  IntVec x, y;
+  __builtin_memcpy(&x, &a, sizeof a);
+  __builtin_memcpy(&y, &b, sizeof b);
+  const IntVec r = (x & mask) | (y & ~mask);
+  Vec v;
+  __builtin_memcpy(&v, &r, sizeof r);
+  return v;
+}
+// NaN in either operand of the comparison selects b, so put the value that may be NaN there.
+DELTAFX_INLINE Vec max_of(Vec bound, Vec v) { return select(bound > v, bound, v); }
+DELTAFX_INLINE Vec min_of(Vec bound, Vec v) { return select(bound < v, bound, v); }
+DELTAFX_INLINE Vec abs_of(Vec v) { return select(v < 0.f, -v, v); }
+
+DELTAFX_INLINE float sum_of(Vec v) {
+  float s = 0.f;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+}
+
+// e^x within 2 ulp, by the reduction x = n ln2 + r and a polynomial for e^r (Cephes' expf).
+// Saturates: below -104 gives 0, above 89 gives inf. NaN stays NaN.
+DELTAFX_INLINE Vec exp_of(Vec x) {
+  const Vec clamped = min_of(splat(89.f), max_of(splat(-104.f), x));
+  const Vec shifted = clamped * 1.44269504088896341f + 12582912.f;  // 1.5 * 2^23 rounds to nearest
+  const Vec n = shifted - 12582912.f;
+  Vec r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  // Two steps of scaling, so that results down to the denormals are right.
+  const IntVec power = __builtin_convertvector(select(n != n, Vec{}, n), IntVec);
+  const IntVec half = power >> 1;
+  const IntVec a = (half + 127) << 23;
+  const IntVec b = (power - half + 127) << 23;
+  Vec fa, fb;
+  __builtin_memcpy(&fa, &a, sizeof a);
+  __builtin_memcpy(&fb, &b, sizeof b);
+  const Vec y = p * fa * fb;
+  return select(x != x, x, y);
+}

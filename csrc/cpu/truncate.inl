@@ -1,0 +1,77 @@
+// The third step of the update rule: compare with the accumulator, write, say whether it changed.
+// Included by kernels.inl.
+
+// True where the change of channels [first, first + c) is not within the threshold. `y` is fp32
+// already rounded to T. Written as !(change <= t), so that a NaN counts as a change.
+template <class T>
+inline bool changed(const Truncation& truncation, const float* y, const T* acc, int64_t first,
+                    int64_t c) {
+  if (truncation.policy == Policy::none) return true;
+  const float t = *truncation.threshold;
+  int64_t i = 0;
+  if (t == 0.f) {
+    IntVec differs = {};
+    for (; i + kLanes <= c; i += kLanes) differs |= load(y + i) != load(acc + i);
+    if (i < c) differs |= load_some(y + i, c - i) != load_some(acc + i, c - i);
+    int32_t hit = 0;
+    for (int lane = 0; lane < kLanes; ++lane) hit |= differs[lane];
+    return hit != 0;
+  }
+  const float* scale = truncation.inv_scale + first;
+  const bool rms = truncation.policy == Policy::rms;
+  Vec total = {};
+  IntVec bad = {};
+  const auto add = [&](Vec delta) __attribute__((always_inline)) {
+    bad |= delta != delta;
+    total = rms ? total + delta * delta : max_of(total, abs_of(delta));
+  };
+  for (; i + kLanes <= c; i += kLanes) add((load(y + i) - load(acc + i)) * load(scale + i));
+  if (i < c)
+    add((load_some(y + i, c - i) - load_some(acc + i, c - i)) * load_some(scale + i, c - i));
+  if (rms) return !(sum_of(total) <= t * t * static_cast<float>(c));
+  bool within = true;
+  for (int lane = 0; lane < kLanes; ++lane) within &= total[lane] <= t && bad[lane] == 0;
+  return !within;
+}
+
+// Rounds y to T in place, so that it is compared as it would be stored.
+DELTAFX_INLINE void round_row(float*, int64_t, const float*) {}
+inline void round_row(float* y, int64_t c, const BF16* like) {
+  map_row(y, c, [=](Vec v, int64_t) { return rounded_to(v, like); });
+}
+
+template <class T>
+inline void write_row(T* acc, const float* y, int64_t c) {
+  int64_t i = 0;
+  for (; i + kLanes <= c; i += kLanes) store(acc + i, load(y + i));
+  if (i < c) store_some(acc + i, load_some(y + i, c - i), c - i);
+}
+template <>
+inline void write_row<float>(float* acc, const float* y, int64_t c) {
+  __builtin_memcpy(acc, y, static_cast<size_t>(c) * sizeof(float));
+}
+
+// Steps 2b and 3 for channels [first, first + c) of one site, at most one truncation group: applies
+// the activation to y, compares with the accumulator's channels at `acc`, writes them if changed.
+template <class T>
+inline bool update_group(const Output& out, const Activation& act, float* y, T* acc, int64_t first,
+                         int64_t c) {
+  activate(act, y, first, c);
+  round_row(y, c, acc);
+  if (!changed(out.truncation, y, acc, first, c)) return false;
+  write_row(acc, y, c);
+  return true;
+}
+
+// The same for all channels of site `site`, in truncation groups.
+template <class T>
+inline bool update_site(const Output& out, const Activation& act, float* y, int64_t site) {
+  T* acc = static_cast<T*>(out.acc.data) + site * out.acc.ld;
+  bool active = false;
+  for (int64_t first = 0; first < out.acc.c; first += kTruncationGroup) {
+    const int64_t c =
+        out.acc.c - first < kTruncationGroup ? out.acc.c - first : kTruncationGroup;
+    active |= update_group(out, act, y + first, acc + first, first, c);
+  }
+  return active;
+}
