@@ -1,9 +1,10 @@
 """The part of the build that cannot be declared in pyproject.toml: the C++ and CUDA operators.
 
-In: `csrc/**/*.cpp`, and `csrc/**/*.cu` where nvcc and a CUDA build of torch of the same major version
-are present. Out: one shared object `deltafx/_C.abi3.so`, which registers its operators with
-`TORCH_LIBRARY` and is loaded by `torch.ops.load_library`; it has no Python module inside and does not
-depend on the version of Python. Compilation goes through ninja, so a second build is incremental.
+In: `csrc/**/*.cpp`, and `csrc/**/*.cu` where nvcc and a CUDA build of torch of the same major
+version are present. Out: one shared object `deltafx/_C.abi3.so`, which registers its operators with
+`TORCH_LIBRARY` and is loaded by `torch.ops.load_library`; it has no Python module inside and does
+not depend on the version of Python. Compilation goes through ninja, so a second build is
+incremental.
 
 Environment: `DELTAFX_CUDA=0` leaves the CUDA operators out; `TORCH_CUDA_ARCH_LIST` (torch's own
 variable, for example "8.6;9.0") chooses the GPU architectures, by default those of the GPUs of this
@@ -87,7 +88,7 @@ def check_object_names(files: list[str]) -> None:
         raise SystemExit(f"deltafx: .cpp and .cu sources need different names: {clashes}")
 
 
-def make_extension(toolkit: Path | None):  # noqa: ANN201 (torch's type is not importable here)
+def make_extension(toolkit: Path | None):
     """Describe the shared object, with CUDA if a toolkit is given."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 

@@ -1,7 +1,8 @@
 """The command line: `deltafx run`, `deltafx explain`, `deltafx models`.
 
-In: arguments. Out: a progress bar, a table and the files that were asked for. A mistake of the user's
-(`DeltafxError`) is told in one line with exit code 2; anything else is a bug and keeps its traceback.
+In: arguments. Out: a progress bar, a table and the files that were asked for. A mistake of the
+user's (`DeltafxError`) is told in one line with exit code 2; anything else is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ def run(
 ) -> None:
     """Run a model over a video and tell what was saved. Ctrl-C ends it early, with the table."""
     chosen_device = parse_device(device)
+    outputs = [path for path in (output, picture, report) if path is not None]
+    check_folders(outputs)
     if threads is not None:
         torch.set_num_threads(threads)
     zoo_model = load_model(model, weights)
@@ -99,12 +102,7 @@ def run(
         reader = stack.enter_context(
             VideoReader(find_source(video), size=parse_size(size) or zoo_model.input_size)
         )
-        head = list(itertools.islice(reader, 1 if zoo_model.trained else CALIBRATION_FRAMES))
-        if not head:
-            raise VideoError(f"{video!r} has no frame in it")
-        if not zoo_model.trained and len(head) > 1:
-            batch = zoo_model.preprocessing(np.stack(head))
-            models_zoo.calibrate_batch_norm(zoo_model.module, batch)
+        head = read_head(reader, zoo_model)
         with console.status("compiling"):
             comparison = Comparison(
                 zoo_model,
@@ -126,14 +124,50 @@ def run(
         writer = stack.enter_context(VideoWriter(output, fps=reader.fps)) if output else None
         stream = itertools.islice(itertools.chain(head, reader), frames)
         total = min(filter(None, (frames, reader.frame_count)), default=None)
-        last = run_frames(stream, comparison, result, total=total, writer=writer, node=node)
-    if picture is not None and last is not None:
-        save_png(picture, last)
+        artist = Artist(comparison, node, writer) if output or picture else None
+        run_frames(stream, comparison, result, total=total, artist=artist)
+    if picture is not None and artist is not None and artist.last is not None:
+        save_png(picture, artist.last)
     if report is not None:
         result.save(report)
     console.print(result.table())
-    for path in filter(None, (output, picture, report)):
+    for path in outputs:
         console.print(f"wrote {path}", highlight=False)
+
+
+def read_head(reader: VideoReader, model: ZooModel) -> list[np.ndarray]:
+    """Read the frames that compiling needs, and calibrate an untrained model on them."""
+    head = list(itertools.islice(reader, 1 if model.trained else CALIBRATION_FRAMES))
+    if not head:
+        raise VideoError(f"{reader.source!r} has no frame in it")
+    if not model.trained and len(head) > 1:
+        models_zoo.calibrate_batch_norm(model.module, model.preprocessing(np.stack(head)))
+    return head
+
+
+class Artist:
+    """Draws the update mask over each frame, for the video and for the picture of the last one.
+
+    Args:
+        comparison: Has the mask.
+        node: Whose mask to draw; None is the input's.
+        writer: Where frames go; None draws only `last`.
+
+    Attributes:
+        last: The last frame drawn, uint8 [H, W, 3].
+    """
+
+    def __init__(
+        self, comparison: Comparison, node: str | None, writer: VideoWriter | None
+    ) -> None:
+        self._comparison, self._node, self._writer = comparison, node, writer
+        self.last: np.ndarray | None = None
+
+    def draw(self, frame: np.ndarray, caption: str) -> None:
+        """Draw the frame just computed, uint8 [H, W, 3]."""
+        self.last = draw_mask(frame, self._comparison.mask(self._node), caption)
+        if self._writer is not None:
+            self._writer.write(self.last)
 
 
 def run_frames(
@@ -142,9 +176,8 @@ def run_frames(
     report: Report,
     *,
     total: int | None,
-    writer: VideoWriter | None,
-    node: str | None,
-) -> np.ndarray | None:
+    artist: Artist | None,
+) -> None:
     """Feed a stream until it ends or Ctrl-C is pressed, and fill the report.
 
     Args:
@@ -152,11 +185,7 @@ def run_frames(
         comparison: The models.
         report: Gets one record a frame.
         total: The length of the progress bar, if known.
-        writer: Where frames with their update mask go.
-        node: Whose mask that is; None is the input.
-
-    Returns:
-        The last frame with its update mask, uint8 [H, W, 3]; None if there was no frame.
+        artist: Draws the frames, if anyone wants to see them.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -164,22 +193,17 @@ def run_frames(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    drawn = frame = None
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=total)
         try:
             for frame in stream:
                 record = comparison.step(frame)
                 report.frames.append(record)
-                if writer is not None:
-                    drawn = draw_mask(frame, comparison.mask(node), describe(record))
-                    writer.write(drawn)
+                if artist is not None:
+                    artist.draw(frame, describe(record))
                 progress.update(task, advance=1, description=describe(record))
         except KeyboardInterrupt:
             progress.console.print("stopped; so far:")
-    if frame is None or not report.frames:
-        return None
-    return draw_mask(frame, comparison.mask(node), describe(report.frames[-1]))
 
 
 @app.command()
@@ -224,6 +248,13 @@ def find_source(video: str) -> str:
     if video in models_zoo.list_clips() and not Path(video).exists():
         return str(models_zoo.clip_path(video))
     return video
+
+
+def check_folders(paths: Iterable[Path]) -> None:
+    """Refuse a file in a folder that does not exist, before the work and not after it."""
+    for path in paths:
+        if not path.parent.is_dir():
+            raise InvalidOptionError(f"cannot write {path}: there is no folder {path.parent}")
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -1,8 +1,8 @@
 """Feeds the same frames to a compiled model and to the dense one, and measures both.
 
-In: raw RGB frames. Out: a `FrameRecord` a frame. Both models see the same tensor; the decoding and the
-preprocessing are in neither time. The dense model runs the way PyTorch is quickest at without a
-compiler: channels_last, in inference mode, at the same dtype, on the same device, after a warm-up.
+In: raw RGB frames. Out: a `FrameRecord` a frame. Both models see the same tensor; the decoding and
+the preprocessing are in neither time. The dense model runs the way PyTorch is quickest at without
+a compiler: channels_last, in inference mode, at the same dtype, on the same device, warmed up.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Comparison:
         self._preprocessing, self._dtype = model.preprocessing, dtype
         self._device = torch.device(device)
         module = copy.deepcopy(model.module).to(device=self._device, dtype=dtype)
-        module = module.to(memory_format=torch.channels_last)
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._dense = module if compare else None
         example = self._input(first_frame)
         self.compiled = deltafx.compile(

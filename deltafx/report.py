@@ -1,4 +1,4 @@
-"""What a run tells afterwards: the numbers as a table and as JSON, and the picture of an update mask.
+"""What a run tells afterwards: its numbers as a table and as JSON, and pictures of update masks.
 
 In: one `FrameRecord` a frame. Out: a `Report`, rich tables, RGB arrays and PNG files.
 """
@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
 _TINT = np.array([255.0, 64.0, 0.0])
@@ -77,7 +77,7 @@ class Report:
             "ours_ms": ours,
             "ours_ms_median": median([f.ours_ms for f in steady]) if steady else None,
             "dense_ms": dense,
-            "dense_ms_median": median([f.dense_ms for f in steady]) if dense else None,
+            "dense_ms_median": median([f.dense_ms or 0.0 for f in steady]) if dense else None,
             "speedup": dense / ours if dense and ours else None,
             "flop_fraction": _mean([frame.flop_fraction for frame in steady]),
             "density": _mean([frame.density for frame in steady]),
@@ -129,7 +129,8 @@ def draw_mask(frame: np.ndarray, mask: np.ndarray, caption: str = "") -> np.ndar
         uint8 [H, W, 3].
     """
     height, width = frame.shape[:2]
-    scaled = Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+    small = mask.astype(np.uint8)
+    scaled = Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST)
     active = np.asarray(scaled).astype(bool)
     drawn = frame.copy()
     tinted = frame[active] * (1.0 - _TINT_STRENGTH) + _TINT * _TINT_STRENGTH
@@ -138,8 +139,9 @@ def draw_mask(frame: np.ndarray, mask: np.ndarray, caption: str = "") -> np.ndar
         return drawn
     image = Image.fromarray(drawn)
     pen = ImageDraw.Draw(image)
-    pen.rectangle(pen.textbbox((6, 4), caption), fill=(0, 0, 0))
-    pen.text((6, 4), caption, fill=(255, 255, 255))
+    font = ImageFont.load_default(size=max(10, height // 32))
+    pen.rectangle(pen.textbbox((6, 4), caption, font=font), fill=(0, 0, 0))
+    pen.text((6, 4), caption, font=font, fill=(255, 255, 255))
     return np.array(image)
 
 

@@ -1,6 +1,6 @@
 """Video in and out, through PyAV (FFmpeg).
 
-In: a file, an address that FFmpeg can open (rtsp://, http://, ...) or a webcam ("0", "/dev/video0").
+In: a file, an address that FFmpeg can open (rtsp://, http://, ...), a webcam ("0", "/dev/video0").
 Out: RGB frames as uint8 arrays [H, W, 3], one by one; and the way back, frames into an mp4 file.
 Nothing is read ahead, so that a live source stays live.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import av
 import numpy as np
@@ -37,7 +38,7 @@ class VideoReader:
     Attributes:
         size: (height, width) of the frames handed out.
         fps: Frames a second as the container tells, 25 if it does not.
-        frame_count: The number of frames as the container tells, None if it does not (live sources).
+        frame_count: The number of frames as the container tells, None if it does not.
 
     Raises:
         VideoError: If the source cannot be opened or has no video in it.
@@ -163,9 +164,12 @@ class VideoWriter:
 
     def _open(self, height: int, width: int) -> tuple[av.container.OutputContainer, av.VideoStream]:
         container = av.open(str(self.path), "w", format="mp4")
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        codec: Literal["libx264", "mpeg4"] = "libx264"
+        if codec not in av.codecs_available:  # builds of FFmpeg without GPL parts
+            codec = "mpeg4"
         stream = container.add_stream(codec, rate=self._fps)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        container.start_encoding()  # opens the file now and not dozens of frames later
         return container, stream
 
 

@@ -1,7 +1,7 @@
 """The convolutional trunk of MobileNetV2 with its real ImageNet weights, which ship with deltafx.
 
-It is `torchvision.models.mobilenet_v2().features`: RGB frames of any size in, 1280 channels at 1/32 of the
-resolution out. `weights/ORIGIN.md` tells where the weights come from.
+It is `torchvision.models.mobilenet_v2().features`: RGB frames of any size in, 1280 channels at 1/32
+of the resolution out. `weights/ORIGIN.md` tells where the weights come from.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def load_mobilenet_v2_trunk(*, weights: str, seed: int) -> ZooModel:
     """Build the trunk.
 
     Args:
-        weights: "pretrained" (the shipped ones; no network needed), "random", or the path of a state
-            dict saved with `torch.save`.
+        weights: "pretrained" (the shipped ones; no network needed), "random", or the path of a
+            state dict saved with `torch.save`.
         seed: Of the random weights.
 
     Returns:
@@ -52,10 +52,7 @@ def load_mobilenet_v2_trunk(*, weights: str, seed: int) -> ZooModel:
 
 
 def _load_shipped(trunk: nn.Module) -> None:
-    """Copy the archive into the model: all of its tensors but the batch counters."""
+    """Copy the archive into the model, strictly; only the batch counters are not in it."""
     with np.load(_WEIGHTS, allow_pickle=False) as archive:
         shipped = {name: torch.from_numpy(archive[name]) for name in archive.files}
-    counters = {name for name in trunk.state_dict() if name.endswith("num_batches_tracked")}
-    missing, unexpected = trunk.load_state_dict(shipped, strict=False)
-    if set(missing) != counters or unexpected:
-        raise RuntimeError(f"{_WEIGHTS.name} is damaged: {missing} {unexpected}")
+    trunk.load_state_dict(shipped)
