@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "common/types.h"
 #include "cpu/candidates.h"

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/types.h"
+#include "cpu/conv.h"
 
 namespace deltafx {
 
@@ -17,6 +18,7 @@ struct EncodeParams {
 struct Kernels {
   const char* isa;
   void (*encode)(const EncodeParams&);
+  void (*conv)(const ConvParams&, const ConvSites&);  // one phase
 };
 
 const Kernels& kernels();

@@ -8,8 +8,13 @@ namespace deltafx::DELTAFX_ISA {
 #include "cpu/activation.inl"
 #include "cpu/truncate.inl"
 #include "cpu/encode.inl"
+#include "cpu/gemm.inl"
+#include "cpu/conv_gather.inl"
+#include "cpu/conv_finish.inl"
+#include "cpu/conv_depthwise.inl"
+#include "cpu/conv_gemm.inl"
 
 extern const Kernels table;
-const Kernels table = {DELTAFX_ISA_NAME, encode};
+const Kernels table = {DELTAFX_ISA_NAME, encode, conv_phase};
 
 }  // namespace deltafx::DELTAFX_ISA
