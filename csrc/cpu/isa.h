@@ -3,6 +3,9 @@
 
 #include <cmath>
 #include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "common/types.h"
 #include "cpu/candidates.h"
