@@ -1,0 +1,101 @@
+"""The one place of defaults: what `deltafx.compile` takes as options.
+
+A `Config` is frozen; every stage reads it and none changes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from deltafx.errors import InvalidOptionError
+
+POLICIES = ("rms", "max")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of a compiled model.
+
+    Attributes:
+        threshold: How far a value may be from its accumulator without being propagated, in units
+            of the channel's standard deviation over the calibration frames; 0 is exact.
+        input_threshold: The same for the gate of the input node; `None` takes `threshold`.
+        thresholds: Thresholds of single nodes by name; they win over the two above.
+        policy: The norm of a change over a truncation group: `"rms"` or `"max"`.
+        input_block: The input is gated in squares of this many sites a side; 1 gates every site by
+            itself.
+        scale_floor: A channel's scale is at least this share of its layer's mean scale.
+        max_states: How many states (one for each shape, dtype and device of the input) are kept;
+            the least recently used is dropped.
+    """
+
+    threshold: float = 0.1
+    input_threshold: float | None = None
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    policy: str = "rms"
+    input_block: int = 8
+    scale_floor: float = 0.05
+    max_states: int = 4
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            InvalidOptionError: A value is out of its range.
+        """
+        check_threshold("threshold", self.threshold)
+        if self.input_threshold is not None:
+            check_threshold("input_threshold", self.input_threshold)
+        for name, value in self.thresholds.items():
+            check_threshold(f"thresholds[{name!r}]", value)
+        object.__setattr__(self, "thresholds", MappingProxyType(dict(self.thresholds)))
+        if self.policy not in POLICIES:
+            raise InvalidOptionError(f"policy must be one of {POLICIES}, not {self.policy!r}")
+        if not isinstance(self.input_block, int) or self.input_block < 1:
+            raise InvalidOptionError(f"input_block must be an int >= 1, not {self.input_block!r}")
+        if not 0 < self.scale_floor <= 1:
+            raise InvalidOptionError(f"scale_floor must be in (0, 1], not {self.scale_floor!r}")
+        if not isinstance(self.max_states, int) or self.max_states < 1:
+            raise InvalidOptionError(f"max_states must be an int >= 1, not {self.max_states!r}")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Config:
+        """Makes a config of keyword options.
+
+        Args:
+            options: Field names and values; a value of `None` for `threshold` or `thresholds`
+                means its default.
+
+        Raises:
+            InvalidOptionError: A name is unknown (the message lists the known ones) or a value is
+                out of its range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise InvalidOptionError(
+                    f"unknown option {name!r}; the options are {', '.join(sorted(known))}"
+                )
+        given = {
+            name: value
+            for name, value in options.items()
+            if not (value is None and name in ("threshold", "thresholds"))
+        }
+        return cls(**given)
+
+
+def check_threshold(name: str, value: Any) -> float:
+    """Returns `value` as a float if it can be a threshold.
+
+    Raises:
+        InvalidOptionError: It is not a finite number >= 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidOptionError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value) or value < 0:
+        raise InvalidOptionError(f"{name} must be finite and >= 0, not {value!r}")
+    return float(value)

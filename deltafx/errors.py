@@ -1,0 +1,47 @@
+"""Every error that deltafx raises on purpose.
+
+Each names what is wrong and what to do about it. An exception raised inside a user's model is
+never wrapped: it comes through as it is.
+"""
+
+from __future__ import annotations
+
+
+class DeltafxError(Exception):
+    """Base of all errors of this package."""
+
+
+class InvalidOptionError(DeltafxError, ValueError):
+    """An option of `compile` is unknown or out of its range."""
+
+
+class InvalidInputError(DeltafxError, ValueError):
+    """The frames handed to a compiled model, or the model itself, are not what is needed."""
+
+
+class TrainModeError(DeltafxError, RuntimeError):
+    """The model, or a part of it, is in train mode."""
+
+
+class UnknownNodeError(DeltafxError, KeyError):
+    """A node name that the compiled model does not have."""
+
+    def __str__(self) -> str:
+        """The message itself, where KeyError would show its repr."""
+        return str(self.args[0]) if self.args else ""
+
+
+class NotCompiledError(DeltafxError, RuntimeError):
+    """Something was asked that is known only after the first frame (or with `example_inputs`)."""
+
+
+class VerificationError(DeltafxError, AssertionError):
+    """A pass left the graph in a state that its stage forbids: a bug in deltafx."""
+
+
+class UnknownModelError(DeltafxError, LookupError):
+    """No model of that name."""
+
+
+class VideoError(DeltafxError, OSError):
+    """A video cannot be opened, decoded or written."""

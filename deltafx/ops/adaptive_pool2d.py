@@ -1,0 +1,62 @@
+"""adaptive_pool2d: maximum or average over windows that cut the input into a given size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from deltafx.ops.activation import activate
+from deltafx.ops.base import Call, DeltaOp, Raised, Refusal, arguments, is_map, value
+from deltafx.ops.global_pool2d import global_pool2d
+
+aten = torch.ops.aten
+
+
+def adaptive_pool2d(
+    x: Tensor,
+    mode: str,
+    size: Sequence[int],
+    act: str = "identity",
+    act_params: Sequence[float] = (),
+    act_weight: Tensor | None = None,
+) -> Tensor:
+    """The dense function.
+
+    Args:
+        x: [N, C, H, W], float.
+        mode: `"max"` or `"avg"`.
+        size: (H', W').
+        act: The activation's name.
+        act_params: Its numbers.
+        act_weight: [C], for `prelu`.
+
+    Returns:
+        [N, C, H', W'].
+    """
+    pool = F.adaptive_max_pool2d if mode == "max" else F.adaptive_avg_pool2d
+    return activate(pool(x, list(size)), act, act_params, act_weight)
+
+
+def raise_adaptive_avg(node: fx.Node) -> Raised:
+    """`aten.adaptive_avg_pool2d(x, size)` -> `adaptive_pool2d`, `global_pool2d` for size 1."""
+    x = arguments(node)["self"]
+    if not is_map(x):
+        return Refusal("the input of this pool is not [N, C, H, W]")
+    size = tuple(int(s) for s in value(node).shape[2:])
+    if size == (1, 1):
+        return Call(global_pool2d, {"x": x})
+    return Call(adaptive_pool2d, {"x": x, "mode": "avg", "size": size})
+
+
+def prepare(node: fx.Node, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The accumulator tells the size."""
+    return {k: v for k, v in kwargs.items() if k != "size"}
+
+
+OP = DeltaOp(adaptive_pool2d, prepare=prepare)
+
+RAISE = {aten.adaptive_avg_pool2d.default: raise_adaptive_avg}

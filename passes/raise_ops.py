@@ -1,0 +1,52 @@
+"""raise_ops: ATen calls become calls of dense functions, or stay, with the reason written down.
+
+Enters: functional ATen calls. Leaves: for each call that a delta op's module has a rule for, the
+dense function with keyword arguments; for the others an entry in `context.refusals`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from deltafx.ops import RAISE, delta_op, is_view
+from deltafx.ops.base import Refusal
+from deltafx.passes.context import Context, clean, replace
+
+SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def raise_ops(gm: fx.GraphModule, context: Context) -> int:
+    """Applies the rules; returns the number of raised calls."""
+    count = 0
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or delta_op(node) or is_view(node):
+            continue
+        rule = RAISE.get(node.target)
+        if rule is None:
+            context.refusals[node] = "there is no delta op for it"
+            continue
+        blocked = _blocked(node)
+        raised = Refusal(blocked) if blocked else rule(node)
+        if isinstance(raised, Refusal):
+            context.refusals[node] = raised.reason
+        elif raised is None:
+            context.refusals[node] = "there is no delta op for it"
+        else:
+            replace(gm, node, raised)
+            count += 1
+    clean(gm)
+    return count
+
+
+def _blocked(node: fx.Node) -> str:
+    """Why no rule may touch a node, whatever it computes."""
+    family = [node, *node.all_input_nodes]
+    if any(n.meta.get("mutated") for n in family):
+        return "the model writes into its memory"
+    val = node.meta.get("val")
+    if isinstance(val, Tensor):
+        supported = SUPPORTED if val.device.type != "cpu" else SUPPORTED[:2]
+        if val.dtype not in supported:
+            return f"{val.dtype} is not a dtype of the delta ops on {val.device.type}"
+    return ""

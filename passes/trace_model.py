@@ -1,0 +1,87 @@
+"""trace_model: any `nn.Module` to a graph that no longer depends on its Python code.
+
+Enters: a model in eval mode. Leaves: a `TracedModel`, whose `root` computes what the model
+computes and can be run at any input shape. `fx` is tried first, because its graph is whole and
+keeps the module names; a model that it cannot take (control flow on shapes, keyword games) is
+handed to normalization as it is, which follows its Python code once for every input shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from torch import fx, nn
+
+from deltafx.errors import InvalidInputError, TrainModeError
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedModel:
+    """What tracing leaves.
+
+    Attributes:
+        root: The traced graph, or the model itself.
+        signature: Of `forward`, for binding arguments.
+        front_end: `"fx"` or `"python"`.
+        reason: Why not `"fx"`, if so.
+    """
+
+    root: nn.Module
+    signature: inspect.Signature
+    front_end: str
+    reason: str = ""
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments in the order of `forward`.
+
+        Raises:
+            InvalidInputError: They do not fit it.
+        """
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InvalidInputError(f"the model's forward: {error}") from None
+        if self.front_end == "fx":
+            bound.apply_defaults()
+        return bound.args
+
+
+class Tracer(fx.Tracer):
+    """Goes through a user's modules and stops at torch's own."""
+
+
+def trace_model(model: nn.Module) -> TracedModel:
+    """Traces a model.
+
+    Args:
+        model: In eval mode.
+
+    Raises:
+        InvalidInputError: It is not an `nn.Module`.
+        TrainModeError: It, or a part of it, is in train mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(
+            f"deltafx compiles an nn.Module, not {type(model).__name__}; wrap a function in one"
+        )
+    training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
+    if training:
+        raise TrainModeError(
+            f"the model is in train mode (at {training[0]!r}): call model.eval() first"
+        )
+    signature = inspect.signature(model.forward)
+    try:
+        root = fx.GraphModule(model, Tracer().trace(model))
+    except Exception as error:  # noqa: BLE001  whatever a user's code does under a tracer
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        return TracedModel(model, signature, "python", reason)
+    variadic = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values())
+    if variadic:
+        return TracedModel(model, signature, "python", "forward takes *args or **kwargs")
+    root.eval()
+    return TracedModel(root, signature, "fx")
+
+
+__all__ = ["TracedModel", "Tracer", "trace_model"]
