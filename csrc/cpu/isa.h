@@ -3,6 +3,11 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "common/types.h"
 #include "cpu/candidates.h"

@@ -58,19 +58,58 @@ DELTAFX_INLINE void store(BF16* p, Vec v) {
   __builtin_memcpy(p, &half, sizeof half);
 }
 
-// The first `count` (< kLanes) lanes; the others are 0.
+// The first `count` (< kLanes) lanes; the others are 0. Masked where the ISA can: a copy through
+// lanes in memory stalls, and rows of few channels are all tail.
 template <class T>
 DELTAFX_INLINE Vec load_some(const T* p, int64_t count) {
   T lanes[kLanes] = {};
-  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
   return load(lanes);
 }
 template <class T>
 DELTAFX_INLINE void store_some(T* p, Vec v, int64_t count) {
   T lanes[kLanes];
   store(lanes, v);
-  __builtin_memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
+#if defined(__x86_64__) && DELTAFX_LANES == 16
+template <>
+DELTAFX_INLINE Vec load_some<float>(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+template <>
+DELTAFX_INLINE void store_some<float>(float* p, Vec v, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+}
+template <>
+DELTAFX_INLINE Vec load_some<BF16>(const BF16* p, int64_t count) {
+  const __m256i half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+  BF16 lanes[kLanes];
+  __builtin_memcpy(lanes, &half, sizeof half);
+  return load(lanes);
+}
+template <>
+DELTAFX_INLINE void store_some<BF16>(BF16* p, Vec v, int64_t count) {
+  BF16 lanes[kLanes];
+  store(lanes, v);
+  __m256i half;
+  __builtin_memcpy(&half, lanes, sizeof half);
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), half);
+}
+#elif defined(__x86_64__) && DELTAFX_LANES == 8
+DELTAFX_INLINE __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+template <>
+DELTAFX_INLINE Vec load_some<float>(const float* p, int64_t count) {
+  return _mm256_maskload_ps(p, first_lanes(count));
+}
+template <>
+DELTAFX_INLINE void store_some<float>(float* p, Vec v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), v);
+}
+#endif
 
 // What storing as T and loading again gives.
 DELTAFX_INLINE Vec rounded_to(Vec v, const float*) { return v; }
@@ -94,10 +133,24 @@ DELTAFX_INLINE Vec max_of(Vec bound, Vec v) { return select(bound > v, bound, v)
 DELTAFX_INLINE Vec min_of(Vec bound, Vec v) { return select(bound < v, bound, v); }
 DELTAFX_INLINE Vec abs_of(Vec v) { return select(v < 0.f, -v, v); }
 
+// By halves, which is 4 shuffles and adds where a chain would be 16 adds.
 DELTAFX_INLINE float sum_of(Vec v) {
-  float s = 0.f;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    IntVec from;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) from[i] = i ^ half;
+    v += __builtin_shuffle(v, from);
+  }
+  return v[0];
+}
+
+DELTAFX_INLINE bool any_lane(IntVec v) {
+  uint64_t words[kLanes / 2], any = 0;
+  __builtin_memcpy(words, &v, sizeof v);
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes / 2; ++i) any |= words[i];
+  return any != 0;
 }
 
 // e^x within 2 ulp, by the reduction x = n ln2 + r and a polynomial for e^r (Cephes' expf).
