@@ -1,7 +1,7 @@
 """The part of the build that cannot be declared in pyproject.toml: the C++ and CUDA operators.
 
 In: `csrc/**/*.cpp`, and `csrc/**/*.cu` where nvcc and a CUDA build of torch of the same major
-version are present. Out: one shared object `deltafx/_C.so`, which registers its operators with
+version are present. Out: one shared object `deltafx/_C.abi3.so`, which registers its operators with
 `TORCH_LIBRARY` and is loaded by `torch.ops.load_library`; it has no Python module inside and does
 not depend on the version of Python. Compilation goes through ninja, so a second build is
 incremental.
@@ -127,15 +127,9 @@ def extension_arguments() -> dict:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCH)
     from torch.utils.cpp_extension import BuildExtension
 
-    class BuildOperators(BuildExtension):
-        """Compiles with ninja, into a file name without tags of a Python version."""
-
-        def get_ext_filename(self, ext_name: str) -> str:
-            return os.path.join(*ext_name.split(".")) + ".so"
-
     return {
         "ext_modules": [make_extension(toolkit)],
-        "cmdclass": {"build_ext": BuildOperators},
+        "cmdclass": {"build_ext": BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

@@ -69,7 +69,7 @@ def test_pinned_packages_satisfy_the_declared_dependencies() -> None:
 
 
 def test_the_extension_has_the_sources_and_no_python_in_it() -> None:
-    library = ROOT / "deltafx" / "_C.so"
+    library = ROOT / "deltafx" / "_C.abi3.so"
     assert library.is_file(), "build it with `make build`"
     needed = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cpu" in needed
