@@ -46,13 +46,17 @@ $(VENV)/.packages: requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 
-# The editable install compiles the operators; later changes to csrc go through ninja alone.
+# The editable install compiles the operators, minutes the first time; later changes to csrc go
+# through ninja alone, over the same object files.
 $(VENV)/.installed: $(VENV)/.packages pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@mkdir -p build
+	@echo "building the operators (log: build/operators.log)"
+	@$(BIN)/python setup.py --quiet build_ext --inplace > build/operators.log 2>&1 \
+	    || { cat build/operators.log; exit 1; }
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.packages requirements-bench.txt
