@@ -9,7 +9,7 @@ CXX_FILES := $(filter %.cpp %.h %.inl %.cu %.cuh,$(CSRC))
 DEMO := .demo
 TYPED := .cache/typed
 
-.PHONY: demo test test-all lint bench clean venv build
+.PHONY: demo test test-all lint format bench clean venv build
 
 demo: build
 	@mkdir -p $(DEMO)
@@ -30,6 +30,11 @@ lint: venv
 	ln -s $(CURDIR)/deltafx/* $(CURDIR)/passes $(CURDIR)/models_zoo $(TYPED)/deltafx
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy --package deltafx
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+format: venv
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
 bench: build $(VENV)/.bench
 	$(BIN)/python -m benchmarks
