@@ -44,24 +44,24 @@ clean:
 	rm -f deltafx/_C*.so
 
 venv: $(VENV)/.packages
-build: $(VENV)/.built
+build: $(VENV)/.built $(VENV)/.installed
 
 $(VENV)/.packages: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 
-# The editable install compiles the operators, minutes the first time; later changes to csrc go
-# through ninja alone, over the same object files.
-$(VENV)/.installed: $(VENV)/.packages pyproject.toml
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
-	@touch $@
-
-$(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
+# Minutes the first time; later only what a change to csrc touches.
+$(VENV)/.built: $(VENV)/.packages setup.py $(CSRC)
 	@mkdir -p build
 	@echo "building the operators (log: build/operators.log)"
 	@$(BIN)/python setup.py --quiet build_ext --inplace > build/operators.log 2>&1 \
 	    || { cat build/operators.log; exit 1; }
+	@touch $@
+
+# The editable install finds the object files of the step before and compiles nothing anew.
+$(VENV)/.installed: $(VENV)/.packages pyproject.toml | $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.packages requirements-bench.txt
