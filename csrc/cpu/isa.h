@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <type_traits>
 #include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "common/types.h"
 #include "cpu/candidates.h"

@@ -3,6 +3,7 @@
 
 #include "common/types.h"
 #include "cpu/conv.h"
+#include "cpu/site_params.h"
 
 namespace deltafx {
 
@@ -18,6 +19,14 @@ struct EncodeParams {
 struct Kernels {
   const char* isa;
   void (*encode)(const EncodeParams&);
+  void (*affine)(const AffineParams&);
+  void (*gather_channels)(const GatherParams&);
+  void (*layer_norm)(const LayerNormParams&);
+  void (*binary)(const BinaryParams&);
+  void (*pool2d)(const PoolParams&);
+  void (*global_pool2d)(const GlobalPoolParams&);
+  void (*resize2d)(const ResizeParams&);
+  void (*pad2d)(const PadParams&);
   void (*conv)(const ConvParams&, const ConvSites&);  // one phase
 };
 

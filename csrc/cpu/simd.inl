@@ -59,19 +59,58 @@ DELTAFX_INLINE void store(BF16* p, Vec v) {
   __builtin_memcpy(p, &half, sizeof half);
 }
 
-// The first `count` (< kLanes) lanes; the others are 0.
+// The first `count` (< kLanes) lanes; the others are 0. Masked where the ISA can: a copy through
+// lanes in memory stalls, and rows of few channels are all tail.
 template <class T>
 DELTAFX_INLINE Vec load_some(const T* p, int64_t count) {
   T lanes[kLanes] = {};
-  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
   return load(lanes);
 }
 template <class T>
 DELTAFX_INLINE void store_some(T* p, Vec v, int64_t count) {
   T lanes[kLanes];
   store(lanes, v);
-  __builtin_memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
+#if defined(__x86_64__) && DELTAFX_LANES == 16
+template <>
+DELTAFX_INLINE Vec load_some<float>(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+template <>
+DELTAFX_INLINE void store_some<float>(float* p, Vec v, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+}
+template <>
+DELTAFX_INLINE Vec load_some<BF16>(const BF16* p, int64_t count) {
+  const __m256i half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+  BF16 lanes[kLanes];
+  __builtin_memcpy(lanes, &half, sizeof half);
+  return load(lanes);
+}
+template <>
+DELTAFX_INLINE void store_some<BF16>(BF16* p, Vec v, int64_t count) {
+  BF16 lanes[kLanes];
+  store(lanes, v);
+  __m256i half;
+  __builtin_memcpy(&half, lanes, sizeof half);
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), half);
+}
+#elif defined(__x86_64__) && DELTAFX_LANES == 8
+DELTAFX_INLINE __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+template <>
+DELTAFX_INLINE Vec load_some<float>(const float* p, int64_t count) {
+  return _mm256_maskload_ps(p, first_lanes(count));
+}
+template <>
+DELTAFX_INLINE void store_some<float>(float* p, Vec v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), v);
+}
+#endif
 
 // What storing as T and loading again gives.
 DELTAFX_INLINE Vec rounded_to(Vec v, const float*) { return v; }
