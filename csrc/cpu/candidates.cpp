@@ -82,6 +82,24 @@ void Candidates::add_windows(const Mask& mask, const Window& wy, const Window& w
   }
 }
 
+void Candidates::add_transposed_windows(const Mask& mask, const Window& wy, const Window& wx) {
+  for (int64_t n = 0; n < n_; ++n)
+    for (int64_t iy = 0; iy < mask.h; ++iy) {
+      const uint8_t* src = mask.data + (n * mask.h + iy) * mask.w;
+      if (!any(src, mask.w)) continue;
+      for (int64_t ky = 0; ky < wy.kernel; ++ky) {
+        const int64_t oy = iy * wy.stride - wy.pad + ky * wy.dilation;
+        if (oy < 0 || oy >= h_) continue;
+        uint8_t* out = row(n, oy);
+        for (int64_t kx = 0; kx < wx.kernel; ++kx)
+          for (int64_t ix = 0; ix < mask.w; ++ix) {
+            const int64_t ox = ix * wx.stride - wx.pad + kx * wx.dilation;
+            if (ox >= 0 && ox < w_) out[ox] |= src[ix];
+          }
+      }
+    }
+}
+
 void Candidates::add_ranges(const Mask& mask, const int32_t* y0, const int32_t* y1,
                             const int32_t* x0, const int32_t* x1) {
   int32_t* sums = scratch_of<int32_t>(Scratch::work, mask.w + 1 + mask.w);

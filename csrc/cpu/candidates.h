@@ -12,6 +12,8 @@ class Candidates {
   Candidates(int64_t n, int64_t h, int64_t w);
   // Sites whose window (same geometry as a convolution) touches an active site of `mask`.
   void add_windows(const Mask& mask, const Window& wy, const Window& wx);
+  // The same for a transposed convolution: an active i makes i * stride - pad + k * dilation one.
+  void add_transposed_windows(const Mask& mask, const Window& wy, const Window& wx);
   // Sites whose input coordinates lie in [y0[o], y1[o]) x [x0[o], x1[o]): adaptive pools, resizes.
   void add_ranges(const Mask& mask, const int32_t* y0, const int32_t* y1, const int32_t* x0,
                   const int32_t* x1);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/types.h"
+#include "cpu/conv.h"
 #include "cpu/site_params.h"
 
 namespace deltafx {
@@ -26,6 +27,7 @@ struct Kernels {
   void (*global_pool2d)(const GlobalPoolParams&);
   void (*resize2d)(const ResizeParams&);
   void (*pad2d)(const PadParams&);
+  void (*conv)(const ConvParams&, const ConvSites&);  // one phase
 };
 
 const Kernels& kernels();

@@ -8,6 +8,12 @@ namespace deltafx::DELTAFX_ISA {
 #include "cpu/activation.inl"
 #include "cpu/truncate.inl"
 #include "cpu/encode.inl"
+#include "cpu/gemm.inl"
+#include "cpu/conv_gather.inl"
+#include "cpu/conv_finish.inl"
+#include "cpu/conv_depthwise.inl"
+#include "cpu/conv_gemm.inl"
+
 #include "cpu/sites.inl"
 #include "cpu/affine.inl"
 #include "cpu/binary.inl"
@@ -15,7 +21,7 @@ namespace deltafx::DELTAFX_ISA {
 #include "cpu/resize.inl"
 
 extern const Kernels table;
-const Kernels table = {DELTAFX_ISA_NAME, encode, affine,        gather_channels, layer_norm,
-                       binary,           pool2d, global_pool2d, resize2d,        pad2d};
+const Kernels table = {DELTAFX_ISA_NAME, encode,        affine,   gather_channels, layer_norm, binary,
+                        pool2d,           global_pool2d, resize2d, pad2d,           conv_phase};
 
 }  // namespace deltafx::DELTAFX_ISA

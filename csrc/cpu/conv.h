@@ -1,0 +1,91 @@
+// Convolution on the CPU: what it is given, and how its weights are laid out.
+//
+// Every convolution, transposed or not, is a set of phases; a phase has taps (input offsets from a
+// site's base coordinate, and the kernel element that goes with each). An ordinary convolution has
+// one phase. A transposed one has stride_y * stride_x: output sites whose (y + pad, x + pad) leave
+// the same remainders meet the same kernel elements, and no site ever multiplies by a stuffed zero.
+//
+// Packed weights, the same for every instruction set (fp32):
+//   depthwise   per phase [tap][channel]
+//   otherwise   per phase, per merged group, panels of 32 output channels [tap][channel of the
+//               group][32]; a last panel with at most 16 channels is 16 wide.
+// Groups with fewer than 16 outputs are merged block-diagonally up to 16: a vector is not narrower.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/types.h"
+
+namespace deltafx {
+
+struct ConvGeometry {
+  Window y, x;
+  int64_t cin, cout, groups;
+  bool transposed;
+};
+
+struct ConvTap {
+  int32_t dy, dx;  // input coordinate relative to the site's base
+  int32_t ky, kx;  // kernel element
+};
+
+// Taps (dy, dx), (dy, dx + 1), ... that follow each other in the packed order: where the input's
+// channels are contiguous too, one copy gathers them.
+struct ConvRun {
+  int32_t dy, dx, taps;
+};
+
+struct ConvPhase {
+  std::vector<ConvTap> taps;
+  std::vector<ConvRun> runs;
+  int64_t weights;  // offset into the packed weights
+};
+
+struct ConvLayout {
+  bool depthwise;
+  int64_t groups, cin, cout;      // merged groups; channels of each
+  std::vector<ConvPhase> phases;  // [remainder y][remainder x]
+  int64_t size;                   // floats in all
+
+  int64_t columns() const { return cout / 32 * 32 + (cout % 32 == 0 ? 0 : cout % 32 <= 16 ? 16 : 32); }
+};
+
+ConvLayout conv_layout(const ConvGeometry& geometry);
+// weight: [cout, cin / groups, kh, kw], transposed [cin, cout / groups, kh, kw]; contiguous.
+// packed: conv_layout(geometry).size floats.
+void pack_conv_weight(const ConvGeometry& geometry, const float* weight, float* packed);
+
+struct ConvParams {
+  Output out;
+  FeatureMap x;
+  Mask x_mask;
+  ConvGeometry geometry;
+  const float* weight;        // packed
+  const float* bias;          // null: none
+  FeatureMap residual;        // data null: none
+  Mask residual_mask;         // data null: the residual never changes by itself
+  bool residual_after_act;
+  const float* pre_scale;     // null: no prologue
+  const float* pre_shift;
+  Activation pre_act;
+  Activation act;
+};
+
+// The input coordinate from which taps are counted.
+inline int64_t conv_base(const ConvGeometry& g, const Window& w, int64_t o) {
+  return g.transposed ? (o + w.pad) / w.stride : o * w.stride - w.pad;
+}
+
+// The work of one phase: active[i] is set to 1 where sites[i] was written.
+struct ConvSites {
+  const ConvLayout& layout;
+  const ConvPhase& phase;
+  const int32_t* sites;
+  int64_t count;
+  uint8_t* active;
+};
+
+void conv(const ConvParams& p);
+
+}  // namespace deltafx

@@ -1,0 +1,134 @@
+// The end of a convolution: bias, residual, activation, and the update rule for rows of results.
+// Included by kernels.inl. T is the type of the feature maps.
+
+// The activations that are a clamp, which keeps them in registers; the others go through memory.
+struct Clamp {
+  bool is;
+  float lo, hi;
+};
+inline Clamp clamp_of(const Activation& act) {
+  constexpr float inf = __builtin_inff();
+  switch (act.kind) {
+    case Act::identity:
+      return {true, -inf, inf};
+    case Act::relu:
+      return {true, 0.f, inf};
+    case Act::relu6:
+      return {true, 0.f, 6.f};
+    case Act::hardtanh:
+      return {true, act.p[0], act.p[1]};
+    default:
+      return {false, 0.f, 0.f};
+  }
+}
+
+template <class T>
+struct Finish {
+  const ConvParams& p;
+  Clamp clamp;
+  float threshold;
+  Policy policy;  // none and exact comparison are told apart by `exact`
+  bool exact;
+
+  explicit Finish(const ConvParams& params) : p(params), clamp(clamp_of(params.act)) {
+    policy = p.out.truncation.policy;
+    threshold = policy == Policy::none ? 0.f : *p.out.truncation.threshold;
+    exact = policy != Policy::none && threshold == 0.f;
+  }
+
+  T* acc_at(int64_t site, int64_t first) const {
+    return static_cast<T*>(p.out.acc.data) + site * p.out.acc.ld + first;
+  }
+  const T* residual_at(int64_t site, int64_t first) const {
+    return static_cast<const T*>(p.residual.data) + site * p.residual.ld + first;
+  }
+
+  // Starts fetching what group() will compare with.
+  DELTAFX_INLINE void prefetch(int64_t site, int64_t first, int64_t c) const {
+    const char* acc = reinterpret_cast<const char*>(acc_at(site, first));
+    const int64_t bytes = c * static_cast<int64_t>(sizeof(T));
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(acc + b, 1);
+    if (p.residual.data == nullptr) return;
+    const char* residual = reinterpret_cast<const char*>(residual_at(site, first));
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(residual + b, 0);
+  }
+
+  // Channels [first, first + c) of a site, one truncation group, from the sums in y (which may be
+  // overwritten, and has whole vectors of room). True if written.
+  bool group(float* y, int64_t site, int64_t first, int64_t c) const {
+    if (clamp.is && c % kLanes == 0) {
+      if (c == kTruncationGroup) return clamped<kTruncationGroup / kLanes>(y, site, first);
+      if constexpr (kLanes == 16) {
+        if (c == 16) return clamped<1>(y, site, first);
+        if (c == 32) return clamped<2>(y, site, first);
+        return clamped<3>(y, site, first);
+      }
+    }
+    T* acc = acc_at(site, first);
+    if (p.bias != nullptr) {
+      const float* bias = p.bias + first;
+      map_row(y, c, [&](Vec v, int64_t i) { return v + lanes_at(bias, i, c); });
+    }
+    if (p.residual.data == nullptr) return update_group(p.out, p.act, y, acc, first, c);
+    const T* residual = residual_at(site, first);
+    if (p.residual_after_act) activate(p.act, y, first, c);
+    map_row(y, c, [&](Vec v, int64_t i) { return v + lanes_at(residual, i, c); });
+    const Activation none{Act::identity, {}, nullptr};
+    return update_group(p.out, p.residual_after_act ? none : p.act, y, acc, first, c);
+  }
+
+ private:
+  template <class S>
+  static DELTAFX_INLINE Vec lanes_at(const S* q, int64_t i, int64_t c) {
+    return i + kLanes <= c ? load(q + i) : load_some(q + i, c - i);
+  }
+
+  DELTAFX_INLINE Vec clamped_value(Vec v) const {
+    return min_of(splat(clamp.hi), max_of(splat(clamp.lo), v));
+  }
+
+  // group() for V whole vectors and an activation that is a clamp.
+  template <int V>
+  bool clamped(const float* y, int64_t site, int64_t first) const {
+    T* acc = acc_at(site, first);
+    Vec v[V];
+    const T* residual = p.residual.data == nullptr ? nullptr : residual_at(site, first);
+    const bool before = residual != nullptr && !p.residual_after_act;
+    const bool after = residual != nullptr && p.residual_after_act;
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) {
+      v[i] = load(y + i * kLanes);
+      if (p.bias != nullptr) v[i] += load(p.bias + first + i * kLanes);
+      if (before) v[i] += load(residual + i * kLanes);
+      v[i] = clamped_value(v[i]);
+      if (after) v[i] += load(residual + i * kLanes);
+      v[i] = rounded_to(v[i], acc);
+    }
+    if (policy != Policy::none && !differs<V>(v, acc, first)) return false;
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) store(acc + i * kLanes, v[i]);
+    return true;
+  }
+
+  // changed() of truncate.inl, on registers and with its order of summation.
+  template <int V>
+  DELTAFX_INLINE bool differs(const Vec* v, const T* acc, int64_t first) const {
+    if (exact) {
+      IntVec different = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i) different |= v[i] != load(acc + i * kLanes);
+      return any_lane(different);
+    }
+    const float* scale = p.out.truncation.inv_scale + first;
+    Vec total = {};
+    IntVec beyond = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) {
+      const Vec delta = (v[i] - load(acc + i * kLanes)) * load(scale + i * kLanes);
+      total += delta * delta;
+      beyond |= ~(abs_of(delta) <= threshold);
+    }
+    if (policy == Policy::maximum) return any_lane(beyond);
+    return !(sum_of(total) <= threshold * threshold * static_cast<float>(V * kLanes));
+  }
+};

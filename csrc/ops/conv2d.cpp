@@ -1,0 +1,84 @@
+// deltafx::conv2d: convolution + bias + residual + activation at the candidates, with the update
+// rule as its epilogue and, for pre-activation nets, a norm and an activation as its prologue.
+#include <ATen/ops/empty.h>
+
+#include "ops/conv_args.h"
+
+namespace deltafx {
+namespace {
+
+void conv2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
+            const Tensor& x_mask, const Tensor& weight, const OptionalTensor& bias,
+            const OptionalTensor& residual, const OptionalTensor& residual_mask,
+            const OptionalTensor& pre_scale, const OptionalTensor& pre_shift,
+            c10::string_view pre_act, at::IntArrayRef kernel, at::IntArrayRef stride,
+            at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+            bool residual_after_act, c10::string_view act, at::ArrayRef<double> act_params,
+            const OptionalTensor& act_weight, const OptionalTensor& inv_scale,
+            const OptionalTensor& threshold, c10::string_view policy) {
+  const Window wy = window_of(kernel, stride, padding, dilation, 0);
+  const Window wx = window_of(kernel, stride, padding, dilation, 1);
+  ConvParams p = conv_params({acc, mask, counts, x, x_mask, weight, bias, residual, residual_mask,
+                              residual_after_act, act, act_params, act_weight, inv_scale, threshold,
+                              policy},
+                             wy, wx, groups, /*transposed=*/false);
+  const auto size = [](int64_t in, const Window& w) {
+    return (in + 2 * w.pad - w.dilation * (w.kernel - 1) - 1) / w.stride + 1;
+  };
+  TORCH_CHECK_VALUE(p.out.acc.h == size(p.x.h, wy) && p.out.acc.w == size(p.x.w, wx),
+                    "deltafx: the accumulator is ", p.out.acc.h, " x ", p.out.acc.w,
+                    " but this convolution of x gives ", size(p.x.h, wy), " x ", size(p.x.w, wx));
+  TORCH_CHECK_VALUE(pre_scale.has_value() == pre_shift.has_value(),
+                    "deltafx: pre_scale and pre_shift go together");
+  TORCH_CHECK_VALUE(pre_scale.has_value() || pre_act == "identity",
+                    "deltafx: pre_act goes with pre_scale and pre_shift");
+  p.pre_scale = floats_of(pre_scale, p.x.c, acc, "pre_scale");
+  p.pre_shift = floats_of(pre_shift, p.x.c, acc, "pre_shift");
+  p.pre_act = activation_of(pre_act, {}, {}, p.x.c);
+  conv(p);
+}
+
+// The schemas say what `weight` of conv2d and conv_transpose2d is only by this operator.
+Tensor pack_conv_weight_op(const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                           at::IntArrayRef dilation, int64_t groups, bool transposed) {
+  TORCH_CHECK_VALUE(weight.dim() == 4, "deltafx: weight must be [O, I / groups, kh, kw], not of ",
+                    weight.dim(), " dimensions");
+  TORCH_CHECK_TYPE(weight.is_floating_point(), "deltafx: weight must be floating point, not ",
+                   weight.scalar_type());
+  TORCH_CHECK_VALUE(groups > 0 && weight.size(0) % groups == 0, "deltafx: groups must divide ",
+                    weight.size(0), ", not be ", groups);
+  const int64_t a = weight.size(0), b = weight.size(1) * groups;
+  const int64_t kernel[] = {weight.size(2), weight.size(3)};
+  const ConvGeometry geometry{window_of(kernel, stride, padding, dilation, 0),
+                              window_of(kernel, stride, padding, dilation, 1),
+                              transposed ? a : b,
+                              transposed ? b : a,
+                              groups,
+                              transposed};
+  const Tensor plain = weight.to(at::kFloat).contiguous();
+  Tensor packed = at::empty({conv_layout(geometry).size}, plain.options());
+  pack_conv_weight(geometry, plain.const_data_ptr<float>(), packed.mutable_data_ptr<float>());
+  return packed;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(deltafx, m) {
+  m.def(
+      "conv2d(Tensor(a!) acc, Tensor(b!) mask, Tensor(c!) counts, Tensor x, Tensor x_mask, "
+      "Tensor weight, Tensor? bias, Tensor? residual, Tensor? residual_mask, Tensor? pre_scale, "
+      "Tensor? pre_shift, str pre_act, int[2] kernel, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, bool residual_after_act, str act, float[] act_params, "
+      "Tensor? act_weight, Tensor? inv_scale, Tensor? threshold, str policy) -> ()",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "pack_conv_weight(Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups, bool transposed) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(deltafx, CPU, m) {
+  m.impl("conv2d", conv2d);
+  m.impl("pack_conv_weight", pack_conv_weight_op);
+}
+
+}  // namespace deltafx

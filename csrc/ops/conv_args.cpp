@@ -1,0 +1,44 @@
+#include "ops/conv_args.h"
+
+namespace deltafx {
+
+ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Window& window_x,
+                       int64_t groups, bool transposed) {
+  ConvParams p{};
+  p.out = output_of(args.acc, args.mask, args.counts, args.inv_scale, args.threshold, args.policy);
+  check_cpu_dtype(p.out.acc.dtype);
+  check_same_device(args.x, args.acc, "x");
+  p.x = feature_map(args.x, "x");
+  TORCH_CHECK_TYPE(p.x.dtype == p.out.acc.dtype, "deltafx: x is ", args.x.scalar_type(),
+                   " but the accumulator is ", args.acc.scalar_type());
+  TORCH_CHECK_VALUE(p.x.n == p.out.acc.n, "deltafx: x has ", p.x.n,
+                    " streams but the accumulator has ", p.out.acc.n);
+  check_same_device(args.x_mask, args.acc, "x_mask");
+  p.x_mask = mask_of(args.x_mask, p.x, "x_mask");
+  TORCH_CHECK_VALUE(groups > 0 && p.x.c % groups == 0 && p.out.acc.c % groups == 0,
+                    "deltafx: groups must divide the channels of x (", p.x.c,
+                    ") and of the accumulator (", p.out.acc.c, "), not be ", groups);
+  p.geometry = {window_y, window_x, p.x.c, p.out.acc.c, groups, transposed};
+  p.weight = floats_of(args.weight, conv_layout(p.geometry).size, args.acc, "weight");
+  p.bias = floats_of(args.bias, p.out.acc.c, args.acc, "bias");
+  TORCH_CHECK_VALUE(args.residual.has_value() || !args.residual_mask.has_value(),
+                    "deltafx: residual_mask goes with a residual");
+  if (args.residual.has_value()) {
+    check_same_device(*args.residual, args.acc, "residual");
+    TORCH_CHECK_VALUE(args.residual->sizes() == args.acc.sizes(), "deltafx: residual is ",
+                      args.residual->sizes(), " but the accumulator is ", args.acc.sizes());
+    TORCH_CHECK_TYPE(args.residual->scalar_type() == args.acc.scalar_type(),
+                     "deltafx: residual is ", args.residual->scalar_type(),
+                     " but the accumulator is ", args.acc.scalar_type());
+    p.residual = feature_map(*args.residual, "residual");
+  }
+  if (args.residual_mask.has_value()) {
+    check_same_device(*args.residual_mask, args.acc, "residual_mask");
+    p.residual_mask = mask_of(*args.residual_mask, p.residual, "residual_mask");
+  }
+  p.residual_after_act = args.residual_after_act;
+  p.act = activation_of(args.act, args.act_params, args.act_weight, p.out.acc.c);
+  return p;
+}
+
+}  // namespace deltafx

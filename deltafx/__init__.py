@@ -1,0 +1,27 @@
+"""deltafx: CNNs on video, computed only where the picture changed.
+
+    import deltafx
+
+    model = deltafx.compile(model)
+    for frame in video:
+        y = model(frame)
+"""
+
+from deltafx import errors, ops
+from deltafx.api import compile  # noqa: A004
+from deltafx.config import Config
+from deltafx.module import DeltaModule
+from deltafx.stats import Explanation, NodeStats, Stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "DeltaModule",
+    "Explanation",
+    "NodeStats",
+    "Stats",
+    "compile",
+    "errors",
+    "ops",
+]

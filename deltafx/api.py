@@ -1,0 +1,45 @@
+"""compile: the one line that most users need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from deltafx.config import Config
+from deltafx.module import DeltaModule
+
+
+def compile(  # noqa: A001  the name that users of torch.compile look for
+    model: nn.Module,
+    *,
+    threshold: float | None = None,
+    thresholds: Mapping[str, float] | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    **options: Any,
+) -> DeltaModule:
+    """Compiles a CNN for video: call the result with the frames of a clip, one after another.
+
+    Args:
+        model: In eval mode. Its weights are shared, not copied, and followed when they change.
+        threshold: How far a value may be from what was last propagated without being propagated,
+            in standard deviations of its channel; 0 is exact.
+        thresholds: Thresholds of single nodes by name (`explain()` lists the names).
+        example_inputs: Arguments of the model; with them compilation happens now, otherwise at the
+            first frame.
+        **options: Any other field of `deltafx.Config`.
+
+    Returns:
+        A `DeltaModule`; call it as the model. The batch dimension holds independent streams.
+
+    Raises:
+        InvalidOptionError: An option is unknown or out of its range.
+        InvalidInputError: `model` is no `nn.Module`, or the example does not fit it.
+        TrainModeError: The model is in train mode.
+    """
+    config = Config.from_options({"threshold": threshold, "thresholds": thresholds, **options})
+    compiled = DeltaModule(model, config)
+    if example_inputs is not None:
+        compiled.prepare(*example_inputs)
+    return compiled

@@ -1,0 +1,338 @@
+"""DeltaModule: the compiled model that a user calls with frames.
+
+Enters: a traced model and options. It keeps one `Instance` with its state for each signature (the
+shapes, dtypes and devices of the inputs); the current one's graph and buffers are this module's.
+The state is a cache: dropping it, or any part of it, costs time and never correctness.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from deltafx import calibration
+from deltafx.config import Config
+from deltafx.errors import InvalidInputError, NotCompiledError, TrainModeError, UnknownNodeError
+from deltafx.passes.emit_instance import Instance, emit_instance
+from deltafx.passes.trace_model import TracedModel, trace_model
+from deltafx.stats import Explanation, Stats, make_stats
+from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, mask_name
+from deltafx.thresholds import Thresholds
+
+Signature = tuple[Any, ...]
+
+
+@dataclasses.dataclass
+class _Compiled:
+    """An instance with its tensors and its function."""
+
+    instance: Instance
+    buffers: dict[str, Tensor]
+    graph: fx.Graph
+    code: str
+    run: Callable[..., Any]
+    frames: int = 0
+    calibrated: bool = False
+
+
+class DeltaModule(fx.GraphModule):
+    """A compiled model; made by `deltafx.compile`.
+
+    Its non-persistent buffers are the accumulators, update masks, counters, thresholds and packed
+    weights of the current input signature; `graph` and `code` show what a frame runs.
+
+    Attributes:
+        model: The user's model; its weights are shared, and followed when they change.
+        config: The options.
+        thresholds: Thresholds by node name; may be changed between frames.
+    """
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        """Traces the model; the passes run at the first frame, or at `prepare`.
+
+        Raises:
+            InvalidInputError: `model` is no module.
+            TrainModeError: It is in train mode.
+        """
+        traced = trace_model(model)
+        graph = fx.Graph()
+        graph.output(None)
+        super().__init__(nn.Module(), graph, "DeltaModule")
+        self.model = model
+        self.config = config
+        self.thresholds = Thresholds(config, self._write_thresholds)
+        self._traced: TracedModel = traced
+        self._cache: OrderedDict[Signature, _Compiled] = OrderedDict()
+        self._current: _Compiled | None = None
+        self._scales: dict[str, Tensor] = {}
+        self._weight_groups: list[dict[str, Any]] = [
+            group for m in model.modules() for group in (m._parameters, m._buffers) if group
+        ]
+        self._weights_seen: tuple[int, ...] = ()
+        super().train(False)
+
+    def recompile(self) -> Any:
+        """Regenerates the code of the graph; calls still come in through `forward`."""
+        code = super().recompile()
+        cls = type(self)
+        cls.run_graph = cls.forward  # type: ignore[attr-defined]
+        del cls.forward
+        return code
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Feeds one frame of every stream.
+
+        Args:
+            *args: As the model takes them; frames are float [N, C, H, W], N independent streams.
+            **kwargs: Likewise.
+
+        Returns:
+            What the model returns, in tensors that later frames do not change.
+
+        Raises:
+            InvalidInputError: The arguments do not fit the model.
+        """
+        with torch.no_grad():
+            bound = self._traced.bind(args, kwargs)
+            compiled = self._prepare(bound)
+            tensors = [a for a in pytree.tree_leaves(bound) if isinstance(a, Tensor)]
+            self._calibrate_if_due(compiled)
+            out = compiled.run(self, *tensors)
+            compiled.frames += 1
+            self._calibrate_if_due(compiled)
+            return pytree.tree_unflatten(list(out), compiled.instance.out_spec)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> DeltaModule:
+        """Compiles for the signature of example arguments without running a frame."""
+        with torch.no_grad():
+            self._prepare(self._traced.bind(args, kwargs))
+        return self
+
+    def calibrate(self, frames: Iterable[Any]) -> None:
+        """Sets the channel scales from frames, instead of from the first one seen.
+
+        Args:
+            frames: Each an argument of the model, or a tuple of them. The state is reset after.
+        """
+        moments: dict[str, calibration.Moments] = {}
+        compiled = None
+        for frame in frames:
+            self(*(frame if isinstance(frame, tuple) else (frame,)))
+            compiled = self._current
+            assert compiled is not None
+            calibration.observe(moments, compiled.instance.plan, compiled.buffers)
+        if compiled is None:
+            raise InvalidInputError("calibrate needs at least one frame")
+        self._scales = calibration.scales(moments, self.config.scale_floor)
+        for entry in self._cache.values():
+            calibration.apply(self._scales, entry.instance.plan, entry.buffers)
+            entry.calibrated = True
+        self.reset()
+
+    def reset(self, streams: int | Sequence[int] | None = None) -> None:
+        """Forgets what was seen; the next frame is computed in full.
+
+        Args:
+            streams: Indices into the batch dimension; all streams, of all signatures, by default.
+
+        Raises:
+            InvalidInputError: A stream does not exist.
+        """
+        if streams is None:
+            for compiled in self._cache.values():
+                for slot in compiled.instance.plan.slots:
+                    compiled.buffers[acc_name(slot)].fill_(float("nan"))
+            return
+        if self._current is None:
+            return
+        chosen = [streams] if isinstance(streams, int) else list(streams)
+        for slot in self._current.instance.plan.slots.values():
+            if any(not -slot.shape[0] <= s < slot.shape[0] for s in chosen):
+                raise InvalidInputError(f"streams {chosen}: there are {slot.shape[0]} streams")
+            self._current.buffers[acc_name(slot.name)][chosen] = float("nan")
+
+    def stats(self) -> Stats:
+        """What the last frame cost: density, FLOP fraction and bytes, per node and in all."""
+        compiled = self._require()
+        counts = compiled.buffers[COUNTS].tolist() if compiled.frames else None
+        return make_stats(compiled.instance, counts)
+
+    def explain(self) -> Explanation:
+        """Every node: delta, view or dense, and why."""
+        compiled = self._require()
+        return Explanation(
+            compiled.instance.nodes, compiled.instance.counts, self._traced.front_end,
+            self._traced.reason,
+        )  # fmt: skip
+
+    def state_bytes(self, *args: Any, **kwargs: Any) -> int:
+        """Bytes of the state, accumulators and all, from the plan.
+
+        Args:
+            *args: Example arguments; with none, the current signature is meant. Nothing is
+                allocated for them.
+            **kwargs: Likewise.
+        """
+        if not args and not kwargs:
+            return self._require().instance.plan.bytes()
+        with torch.no_grad():
+            bound = self._traced.bind(args, kwargs)
+            known = self._cache.get(_signature(bound))
+            instance = known.instance if known else emit_instance(self._traced, self.config, bound)
+        return instance.plan.bytes()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the current state by attribute name; those of the plan, no weights."""
+        compiled = self._require()
+        constants = compiled.instance.constants
+        return {name: t for name, t in compiled.buffers.items() if name not in constants}
+
+    def update_mask(self, node: str | None = None) -> Tensor:
+        """The update mask of a node in the last frame, as a copy.
+
+        Args:
+            node: Its name; the (first) input node by default.
+
+        Returns:
+            Bool [N, H, W]. Nodes that write into one concatenated buffer share a mask.
+
+        Raises:
+            UnknownNodeError: No delta node of that name.
+        """
+        plan = self._require().instance.plan
+        name = node if node is not None else next(iter(plan.nodes), None)
+        if name not in plan.places:
+            raise UnknownNodeError(f"no delta node {name!r}; see explain() for the names")
+        buffers = self._require().buffers
+        return buffers[mask_name(plan.places[name].slot)].clone()
+
+    def accumulator(self, node: str) -> Tensor:
+        """A copy of a node's accumulator, [N, C, H, W].
+
+        Raises:
+            UnknownNodeError: No delta node of that name.
+        """
+        compiled = self._require()
+        place = compiled.instance.plan.places.get(node)
+        if place is None:
+            raise UnknownNodeError(f"no delta node {node!r}; see explain() for the names")
+        whole = compiled.buffers[acc_name(place.slot)]
+        return whole[:, place.start : place.start + place.channels].clone()
+
+    def train(self, mode: bool = True) -> DeltaModule:
+        """Only `train(False)`: a compiled model is for inference.
+
+        Raises:
+            TrainModeError: `mode` is true.
+        """
+        if mode:
+            raise TrainModeError("a compiled model is for inference; train the model itself")
+        return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DeltaModule:
+        # Moving or converting the model: the state is a cache, so it is dropped, not moved.
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _require(self) -> _Compiled:
+        if self._current is None:
+            raise NotCompiledError(
+                "nothing is compiled yet: call the model with a frame, or give compile() "
+                "example_inputs"
+            )
+        return self._current
+
+    def _forget(self) -> None:
+        self._cache.clear()
+        self._current = None
+        self._buffers.clear()
+        self._scales = {}
+
+    def _prepare(self, bound: tuple[Any, ...]) -> _Compiled:
+        """The compiled entry for arguments, made the current one."""
+        self._follow_weights()
+        signature = _signature(bound)
+        compiled = self._cache.get(signature)
+        if compiled is not None and compiled is self._current:
+            return compiled
+        if compiled is None:
+            # Only in-place writes outside inference mode need this, and a frame may come either way.
+            with torch.inference_mode(False):
+                compiled = self._compile(bound)
+            while len(self._cache) >= self.config.max_states:
+                self._cache.popitem(last=False)
+            self._cache[signature] = compiled
+        self._cache.move_to_end(signature)
+        self._activate(compiled)
+        return compiled
+
+    def _compile(self, bound: tuple[Any, ...]) -> _Compiled:
+        instance = emit_instance(self._traced, self.config, bound)
+        buffers = {**instance.constants, **allocate(instance.plan)}
+        self._buffers.clear()
+        self._buffers.update(buffers)
+        self.graph = instance.graph
+        run = type(self).run_graph  # type: ignore[attr-defined]
+        compiled = _Compiled(instance, buffers, self.graph, self.code, run)
+        known = all(name in self._scales for name in instance.plan.truncating)
+        if known and self._scales:
+            calibration.apply(self._scales, instance.plan, buffers)
+            compiled.calibrated = True
+        return compiled
+
+    def _activate(self, compiled: _Compiled) -> None:
+        self._buffers.clear()
+        self._buffers.update(compiled.buffers)
+        self._non_persistent_buffers_set.update(compiled.buffers)
+        self._graph = compiled.graph
+        self._code = compiled.code
+        self._current = compiled
+        self._write_thresholds()
+
+    def _write_thresholds(self) -> None:
+        if self._current is None:
+            return
+        plan = self._current.instance.plan
+        values = self.thresholds.resolve(tuple(plan.truncating), self._current.instance.frame_inputs)
+        self._current.buffers[THRESHOLDS].copy_(torch.tensor(values))
+
+    def _calibrate_if_due(self, compiled: _Compiled) -> None:
+        due = not compiled.calibrated and compiled.frames and self.thresholds.any_positive()
+        if not due:
+            return
+        plan, buffers = compiled.instance.plan, compiled.buffers
+        moments: dict[str, calibration.Moments] = {}
+        calibration.observe(moments, plan, buffers)
+        found = calibration.scales(moments, self.config.scale_floor)
+        calibration.apply(found, plan, buffers)
+        compiled.calibrated = all(name in found for name in plan.truncating)
+        if compiled.calibrated:
+            self._scales = found
+
+    def _follow_weights(self) -> None:
+        """Drops everything that was made of weights which have changed since."""
+        seen = tuple(
+            _version(t) for group in self._weight_groups for t in group.values() if t is not None
+        )
+        if seen != self._weights_seen:
+            if self._weights_seen:
+                self._forget()
+            self._weights_seen = seen
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version + 31 * tensor.data_ptr()
+
+
+def _signature(bound: tuple[Any, ...]) -> Signature:
+    leaves, spec = pytree.tree_flatten(bound)
+    kinds = tuple(
+        (tuple(a.shape), a.dtype, a.device) if isinstance(a, Tensor) else repr(a) for a in leaves
+    )
+    return (spec, kinds)

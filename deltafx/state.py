@@ -1,0 +1,159 @@
+"""The state of a compiled model, planned before any tensor exists.
+
+A *slot* is one buffer: an accumulator with an update mask. A *place* is where a node's feature map
+lies: a slot, or a slice of its channels. The plan is frozen; `allocate` makes the tensors, and
+their bytes are the plan's to the last.
+
+Masks of all slots lie in one arena, cleared once a frame. Nodes that share a slot share its mask:
+a reader that runs before another producer of the slot sees only what was written by then, and one
+that runs after sees a superset of the active sites, which costs work and never correctness.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One accumulator with its update mask."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+
+    @property
+    def sites(self) -> int:
+        """Sites over all streams."""
+        return self.shape[0] * self.shape[2] * self.shape[3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A slot, from channel `start` on, `channels` wide."""
+
+    slot: str
+    start: int
+    channels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StatePlan:
+    """Everything a state consists of.
+
+    Attributes:
+        slots: By name.
+        places: Where each node's feature map lies, by node name.
+        nodes: Names of the nodes with an operator, in the order of their rows in `counts`.
+        truncating: Names of those that truncate, with their channels, in the order of `thresholds`.
+        workspaces: Shapes of fp32 buffers, by the name of their attribute.
+        device: Of all tensors.
+    """
+
+    slots: dict[str, Slot]
+    places: dict[str, Place]
+    nodes: tuple[str, ...]
+    truncating: dict[str, int]
+    workspaces: dict[str, tuple[int, ...]]
+    device: torch.device
+
+    def bytes_by_slot(self) -> dict[str, int]:
+        """Bytes of each slot: its accumulator and its mask."""
+        return {
+            s.name: math.prod(s.shape) * s.dtype.itemsize + s.sites for s in self.slots.values()
+        }
+
+    def bytes(self) -> int:
+        """Bytes of all tensors that `allocate` makes."""
+        rows = 16 * len(self.nodes) + 4 * len(self.truncating)
+        scales = 4 * sum(self.truncating.values())
+        work = 4 * sum(math.prod(shape) for shape in self.workspaces.values())
+        return sum(self.bytes_by_slot().values()) + rows + scales + work
+
+
+MASKS, COUNTS, THRESHOLDS, SCALES = "masks", "counts", "thresholds_", "inv_scales"
+
+
+def allocate(plan: StatePlan) -> dict[str, Tensor]:
+    """Makes the tensors of a state, by the names of their attributes.
+
+    Accumulators hold NaN, which differs from every value: the first frame rewrites every site. The
+    scales are 1 until they are calibrated. Views (`mask_*`, `counts_*`, ...) share the memory of the
+    arenas.
+    """
+    device = plan.device
+    made: dict[str, Tensor] = {
+        MASKS: torch.zeros(
+            sum(s.sites for s in plan.slots.values()), dtype=torch.bool, device=device
+        ),
+        COUNTS: torch.zeros((len(plan.nodes), 2), dtype=torch.int64, device=device),
+        THRESHOLDS: torch.zeros(len(plan.truncating), device=device),
+        SCALES: torch.ones(sum(plan.truncating.values()), device=device),
+    }
+    first = 0
+    for slot in plan.slots.values():
+        n, c, h, w = slot.shape
+        rows = torch.full((n, h, w, c), float("nan"), dtype=slot.dtype, device=device)
+        made[acc_name(slot.name)] = rows.permute(0, 3, 1, 2)
+        made[mask_name(slot.name)] = made[MASKS][first : first + slot.sites].view(n, h, w)
+        first += slot.sites
+    for place in plan.places.values():
+        whole = made[acc_name(place.slot)]
+        made[place_name(plan, place)] = (
+            whole
+            if place.channels == whole.shape[1]
+            else whole[:, place.start : place.start + place.channels]
+        )
+    for i, node in enumerate(plan.nodes):
+        made[counts_name(node)] = made[COUNTS][i]
+    first = 0
+    for i, (node, channels) in enumerate(plan.truncating.items()):
+        made[threshold_name(node)] = made[THRESHOLDS][i]
+        made[scale_name(node)] = made[SCALES][first : first + channels]
+        first += channels
+    for name, shape in plan.workspaces.items():
+        made[name] = torch.zeros(shape, device=device)
+    return made
+
+
+def allocated_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory behind tensors, shared memory counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def acc_name(slot: str) -> str:
+    """The attribute that holds a slot's accumulator."""
+    return f"acc_{slot}"
+
+
+def mask_name(slot: str) -> str:
+    """The attribute that holds a slot's update mask."""
+    return f"mask_{slot}"
+
+
+def place_name(plan: StatePlan, place: Place) -> str:
+    """The attribute that holds a place's channels."""
+    whole = plan.slots[place.slot].shape[1] == place.channels
+    name = acc_name(place.slot)
+    return name if whole else f"{name}__{place.start}_{place.start + place.channels}"
+
+
+def counts_name(node: str) -> str:
+    """The attribute that holds a node's candidates and active sites of the last frame."""
+    return f"counts_{node}"
+
+
+def threshold_name(node: str) -> str:
+    """The attribute that holds a node's threshold."""
+    return f"threshold_{node}"
+
+
+def scale_name(node: str) -> str:
+    """The attribute that holds the inverses of a node's channel scales."""
+    return f"inv_scale_{node}"

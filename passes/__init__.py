@@ -1,0 +1,54 @@
+"""The passes, in their order: one direction, no way back.
+
+    trace -> normalize -> fuse -> assign regions -> plan state -> lower -> emit
+
+Each pass is a file with one public function of the same name. A rewriting pass takes the graph
+module and the `Context`, changes the module in place and returns how many rewrites it did; a second
+run of it finds nothing. After each stage `verify` checks what the stage promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from deltafx.passes.assign_regions import assign_regions
+from deltafx.passes.context import Context
+from deltafx.passes.fold_affines import fold_affines
+from deltafx.passes.fuse_activations import fuse_activations
+from deltafx.passes.fuse_prologues import fuse_prologues
+from deltafx.passes.fuse_residuals import fuse_residuals
+from deltafx.passes.lift_layouts import lift_layouts
+from deltafx.passes.match_shuffles import match_shuffles
+from deltafx.passes.plan_state import plan_state
+from deltafx.passes.raise_ops import raise_ops
+from deltafx.verify import verify
+
+Pass = Callable[[fx.GraphModule, Context], int]
+
+PIPELINE: tuple[tuple[Pass, str], ...] = (
+    (lift_layouts, "normalized"),
+    (match_shuffles, "normalized"),
+    (raise_ops, "raised"),
+    (fold_affines, "raised"),
+    (fuse_activations, "raised"),  # must run before fuse_residuals: conv -> relu -> add
+    (fuse_residuals, "raised"),
+    (fuse_activations, "raised"),  # again: conv -> add -> relu
+    (fuse_prologues, "raised"),  # must run last: what could go backwards has gone
+    (assign_regions, "assigned"),
+    (plan_state, "planned"),
+)
+"""Each pass with the stage that the graph is in after it."""
+
+
+def run_pipeline(gm: fx.GraphModule, context: Context) -> None:
+    """Runs all passes on a normalized graph; leaves the plan and the counts in the context."""
+    verify(gm.graph, "normalized")
+    for rewrite, stage in PIPELINE:
+        name = rewrite.__name__
+        context.counts[name] = context.counts.get(name, 0) + rewrite(gm, context)
+        verify(gm.graph, stage, context.plan)
+
+
+__all__ = ["PIPELINE", "Context", "Pass", "run_pipeline"]

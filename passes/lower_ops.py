@@ -1,0 +1,191 @@
+"""lower_ops: dense functions become operators on the state.
+
+Enters: the planned graph. Leaves: a new graph over the attributes of a state and constants.
+
+    conv2d(x=a, weight=w, act="relu")
+    deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, n_weight, ..., inv_scale_n, threshold_n)
+
+The masks are cleared first. Dense calls read accumulators as ordinary tensors. What leaves the
+graph is copied where it is, or may show, an accumulator: the next frame must not change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from deltafx.ops import DeltaOp, delta_op, is_view
+from deltafx.ops.base import constant
+from deltafx.ops.views import slice_channels
+from deltafx.passes.context import Context
+from deltafx.state import (
+    MASKS,
+    StatePlan,
+    counts_name,
+    mask_name,
+    place_name,
+    scale_name,
+    threshold_name,
+)
+
+aten = torch.ops.aten
+
+
+class _Lowering:
+    """The new graph while it grows."""
+
+    def __init__(self, plan: StatePlan, policy: str) -> None:
+        self.plan = plan
+        self.policy = policy
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.dense: dict[fx.Node, fx.Node] = {}
+        self.shows_state: set[fx.Node] = set()
+        self._attributes: dict[str, fx.Node] = {}
+
+    def attribute(self, name: str) -> fx.Node:
+        """The node that reads an attribute of the emitted module."""
+        if name not in self._attributes:
+            self._attributes[name] = self.graph.get_attr(name)
+        return self._attributes[name]
+
+    def keep(self, name: str, tensor: Tensor) -> fx.Node:
+        """Makes a tensor an attribute."""
+        self.constants[name] = tensor
+        return self.attribute(name)
+
+    def place(self, node: fx.Node) -> fx.Node:
+        """The node that reads a delta node's feature map."""
+        return self.attribute(place_name(self.plan, self.plan.places[node.name]))
+
+    def read(self, node: fx.Node) -> fx.Node:
+        """What a dense call reads for a node of the old graph."""
+        if node.meta.get("delta"):
+            return self.place(node)
+        if node.op == "get_attr":
+            found = constant(node)
+            assert found is not None
+            return self.keep(f"constant_{node.name}", found)
+        return self.dense[node]
+
+
+def lower_ops(gm: fx.GraphModule, context: Context) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """Lowers; returns the new graph and its constants by attribute name."""
+    lowering = _Lowering(context.plan, context.config.policy)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            lowering.dense[node] = lowering.graph.placeholder(node.name)
+    if context.plan.slots:
+        lowering.graph.call_function(aten.zero_.default, (lowering.attribute(MASKS),))
+    for node in gm.graph.nodes:
+        op = delta_op(node)
+        if node.op in ("placeholder", "get_attr") or (is_view(node) and node.meta.get("delta")):
+            continue
+        if node.op == "output":
+            _lower_output(lowering, node)
+        elif op is not None and node.meta.get("delta"):
+            _lower_delta(lowering, node, op)
+            context.counts["lower_ops"] = context.counts.get("lower_ops", 0) + 1
+        else:
+            _lower_dense(lowering, node)
+    lowering.graph.lint()
+    return lowering.graph, lowering.constants
+
+
+def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
+    place = lowering.plan.places[node.name]
+    own: dict[str, Any] = {
+        "acc": lowering.place(node),
+        "mask": lowering.attribute(mask_name(place.slot)),
+        "counts": lowering.attribute(counts_name(node.name)),
+        "inv_scale": None,
+        "threshold": None,
+        "policy": lowering.policy,
+    }
+    if node.meta["truncates"]:
+        own["inv_scale"] = lowering.attribute(scale_name(node.name))
+        own["threshold"] = lowering.attribute(threshold_name(node.name))
+    if op.workspace is not None:
+        own |= {k: lowering.attribute(f"{k}_{node.name}") for k in op.workspace(node)}
+    own |= _given(lowering, node, op)
+    schema = op.operator._schema
+    args = [own[a.name] if a.name in own else _absent(a) for a in schema.arguments]
+    lowered = lowering.graph.call_function(op.operator, tuple(args))
+    lowered.meta["lowered_from"] = node.name
+
+
+def _given(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> dict[str, Any]:
+    """The operator's arguments that the call of the dense function tells."""
+    kwargs: dict[str, Any] = {}
+    for name, arg in node.kwargs.items():
+        tensor = constant(arg)
+        kwargs[name] = arg if tensor is None or name in op.inputs else tensor
+    if op.prepare is not None:
+        kwargs = op.prepare(node, kwargs)
+    given: dict[str, Any] = {}
+    for name, arg in kwargs.items():
+        if isinstance(arg, fx.Node) and arg.meta.get("delta"):
+            given[name] = lowering.place(arg)
+            slot = lowering.plan.places[arg.name].slot
+            given[f"{name}_mask"] = lowering.attribute(mask_name(slot))
+        elif isinstance(arg, fx.Node):
+            given[name] = lowering.read(arg)
+        elif isinstance(arg, Tensor):
+            tensor = arg.float() if arg.dtype == torch.float64 else arg
+            given[name] = lowering.keep(f"{node.name}_{name}", tensor.contiguous())
+        else:
+            given[name] = list(arg) if isinstance(arg, tuple) else arg
+    return given
+
+
+_ABSENT: Mapping[str, Any] = {
+    "act": "identity",
+    "act_params": [],
+    "pre_act": "identity",
+    "stride": [1, 1],
+    "padding": [0, 0],
+    "dilation": [1, 1],
+    "output_padding": [0, 0],
+    "groups": 1,
+    "residual_after_act": False,
+    "count_include_pad": True,
+    "align_corners": False,
+    "value": 0.0,
+    "block": 1,
+}
+
+
+def _absent(argument: Any) -> Any:
+    """The value of an argument that the call leaves out: the dense function's default."""
+    return _ABSENT.get(argument.name)
+
+
+def _lower_dense(lowering: _Lowering, node: fx.Node) -> None:
+    new = lowering.graph.node_copy(node, lowering.read)
+    lowering.dense[node] = new
+    sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
+    shows = any(n.meta.get("delta") or n in lowering.shows_state for n in sources)
+    if shows and _may_alias(node):
+        lowering.shows_state.add(node)
+
+
+def _may_alias(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        returns = node.target._schema.returns
+        lists = any("[]" in str(r.type) or "List" in str(r.type) for r in returns)
+        return lists or any(r.alias_info is not None for r in returns)
+    return node.target is slice_channels or delta_op(node) is None
+
+
+def _lower_output(lowering: _Lowering, node: fx.Node) -> None:
+    def leave(source: Any) -> Any:
+        read = lowering.read(source)
+        exposed = source.meta.get("delta") or source in lowering.shows_state
+        if not exposed and source.op != "placeholder" and source.op != "get_attr":
+            return read
+        return lowering.graph.call_function(aten.clone.default, (read,))
+
+    lowering.graph.output(fx.node.map_arg(node.args[0], leave))

@@ -1,0 +1,117 @@
+"""plan_state: every delta node gets a place; nothing is allocated.
+
+Enters: the graph with `meta["delta"]`. Leaves: `context.plan`, a frozen `StatePlan`. A
+concatenation's producers write into slices of its slot, so that it costs nothing:
+
+    concat(maps=[a, b])             a -> slot[0:Ca]   b -> slot[Ca:Ca+Cb]
+
+Concatenations are placed from the widest down; one whose parts already lie side by side (DenseNet)
+is a slice of another's slot. A part that cannot be moved there (it is a view, or lies in another
+concatenation) is copied by a `gather_channels`, which works at active sites only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from deltafx.ops import delta_op, is_view
+from deltafx.ops.base import Call, value
+from deltafx.ops.gather_channels import gather_channels
+from deltafx.ops.views import concat, slice_channels
+from deltafx.passes.context import Context, insert_call
+from deltafx.state import Place, Slot, StatePlan
+
+
+def plan_state(gm: fx.GraphModule, context: Context) -> int:
+    """Plans; returns the number of slots."""
+    places = _place_concats(gm)
+    slots: dict[str, Slot] = {}
+    for node in gm.graph.nodes:
+        if not node.meta.get("delta") or node.target is slice_channels:
+            continue
+        if node not in places:
+            places[node] = Place(node.name, 0, _channels(node))
+        if places[node].slot == node.name:
+            n, c, h, w = (int(s) for s in value(node).shape)
+            slots[node.name] = Slot(node.name, (n, c, h, w), value(node).dtype)
+    workspaces: dict[str, tuple[int, ...]] = {}
+    for node in gm.graph.nodes:
+        if node.target is slice_channels and node.meta.get("delta"):
+            outer = places[node.kwargs["x"]]
+            start = outer.start + node.kwargs["start"]
+            places[node] = Place(outer.slot, start, node.kwargs["length"])
+        op = delta_op(node)
+        if op is not None and op.workspace is not None:
+            for name, shape in op.workspace(node).items():
+                workspaces[f"{name}_{node.name}"] = shape
+    operators = [n for n in gm.graph.nodes if n.meta.get("delta") and not is_view(n)]
+    context.plan = StatePlan(
+        slots=slots,
+        places={node.name: place for node, place in places.items()},
+        nodes=tuple(n.name for n in operators),
+        truncating={n.name: _channels(n) for n in operators if n.meta["truncates"]},
+        workspaces=workspaces,
+        device=value(operators[0]).device if operators else _device(gm),
+    )
+    return len(slots)
+
+
+def _device(gm: fx.GraphModule) -> Any:
+    return next(value(n).device for n in gm.graph.nodes if n.op == "placeholder")
+
+
+def _channels(node: fx.Node) -> int:
+    return int(value(node).shape[1])
+
+
+def _place_concats(gm: fx.GraphModule) -> dict[fx.Node, Place]:
+    concats = [n for n in gm.graph.nodes if n.target is concat and n.meta.get("delta")]
+    places: dict[fx.Node, Place] = {}
+    for node in sorted(concats, key=_channels, reverse=True):
+        if node in places:
+            continue  # a part of a wider one
+        found = _side_by_side(node, places)
+        if found is not None:
+            places[node] = found
+        else:
+            _place(gm, node, Place(node.name, 0, _channels(node)), places)
+    return places
+
+
+def _side_by_side(node: fx.Node, places: dict[fx.Node, Place]) -> Place | None:
+    """The slice that a concatenation already is, if its parts lie in order in one slot."""
+    maps: Any = node.kwargs["maps"]
+    first = places.get(maps[0])
+    if first is None:
+        return None
+    start = first.start
+    for part in maps:
+        if places.get(part) != Place(first.slot, start, _channels(part)):
+            return None
+        start += _channels(part)
+    return Place(first.slot, first.start, _channels(node))
+
+
+def _place(
+    gm: fx.GraphModule, node: fx.Node, place: Place, places: dict[fx.Node, Place]
+) -> None:
+    """Places a concatenation and, slice by slice, its parts."""
+    places[node] = place
+    start = place.start
+    parts = []
+    for part in node.kwargs["maps"]:  # type: ignore[union-attr]
+        slice_ = Place(place.slot, start, _channels(part))
+        start += _channels(part)
+        movable = part not in places and part.target is not slice_channels
+        if not movable:
+            name = f"{node.name}_copy_{len(parts)}"
+            part = insert_call(gm, Call(gather_channels, {"x": part}), node, value(part), name)
+            part.meta |= {"delta": True, "truncates": False, "region": node.meta["region"]}
+        if part.target is concat:
+            _place(gm, part, slice_, places)
+        else:
+            places[part] = slice_
+        parts.append(part)
+    node.kwargs = {"maps": parts}
