@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -30,6 +30,12 @@ sweep = pytest.mark.parametrize(
     list(itertools.product(DTYPES, CHANNELS, MASKS)),
     ids=lambda v: str(v).removeprefix("torch."),
 )
+
+
+def rotated(options: Sequence[Any], take: int, channels: int, pattern: str) -> list[Any]:
+    """`take` of the options, other ones for other channels and masks, so that pairs are covered."""
+    start = CHANNELS.index(channels) * (len(MASKS) + 1) + MASKS.index(pattern)
+    return [options[(start * take + i) % len(options)] for i in range(take)]
 
 
 def make_mask(pattern: str, n: int, h: int, w: int) -> Tensor:

@@ -3,7 +3,7 @@ import torch
 
 from deltafx.ops.activation import ACTIVATIONS
 from deltafx.ops.affine import OP
-from tests.ops.harness import CHANNELS, DTYPES, check, make_mask, opcheck, sweep
+from tests.ops.harness import CHANNELS, DTYPES, check, make_mask, opcheck, rotated, sweep
 
 SIZES = ((1, 1), (7, 13), (4, 16), (5, 17))
 PARAMS = {
@@ -21,7 +21,7 @@ def act_arguments(act, channels):
 
 @sweep
 def test_scale_and_shift(dtype, channels, pattern, device):
-    for i, size in enumerate(SIZES):
+    for i, size in rotated(list(enumerate(SIZES)), 2, channels, pattern):
         kwargs = {
             "x": torch.randn(2, channels, *size),
             "scale": torch.randn(channels) if i != 1 else None,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deltafx.ops.binary import OP
-from tests.ops.harness import DTYPES, check, make_mask, opcheck, sweep
+from tests.ops.harness import DTYPES, check, make_mask, opcheck, rotated, sweep
 
 SIZES = ((1, 1), (7, 13), (4, 17))
 KINDS = {
@@ -22,7 +22,7 @@ def candidates_of(masks, n, h, w):
 
 @sweep
 def test_two_maps(dtype, channels, pattern, device):
-    for i, size in enumerate(SIZES):
+    for i, size in rotated(list(enumerate(SIZES)), 2, channels, pattern):
         op = ("add", "sub", "mul")[i]
         masks = {"a": make_mask(pattern, 2, *size), "b": make_mask("one", 2, *size)}
         kwargs = {

@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from deltafx.ops.gather_channels import OP
-from tests.ops.harness import check, make_mask, opcheck, sweep
+from tests.ops.harness import check, make_mask, opcheck, rotated, sweep
 
 SIZES = ((1, 1), (7, 13), (4, 17))
 
 
 @sweep
 def test_shuffle(dtype, channels, pattern, device):
-    for i, size in enumerate(SIZES):
+    for i, size in rotated(list(enumerate(SIZES)), 1, channels, pattern):
         mask = make_mask(pattern, 2, *size)
         index = torch.randint(0, channels, (channels + 2,)).tolist()
         kwargs = {"x": torch.randn(2, channels, *size), "index": index}

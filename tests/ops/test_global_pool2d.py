@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from deltafx.ops.global_pool2d import OP, TILE
-from tests.ops.harness import DTYPES, check, make_map, make_mask, run, sweep
+from tests.ops.harness import DTYPES, check, make_map, make_mask, rotated, run, sweep
 from tests.ops.reference import State
 
 # Sites below, at and above a tile, and several tiles.
@@ -18,7 +18,7 @@ def partial_of(x):
 
 @sweep
 def test_global_pool(dtype, channels, pattern, device):
-    for i, size in enumerate(SIZES):
+    for i, size in rotated(list(enumerate(SIZES)), 2, channels, pattern):
         mask = make_mask(pattern, 2, *size)
         found = mask.flatten(1).any(1)[:, None, None]
         x = torch.randn(2, channels, *size) + 1

@@ -1,14 +1,14 @@
 import torch
 
 from deltafx.ops.layer_norm import OP
-from tests.ops.harness import CHANNELS, check, make_mask, opcheck, sweep
+from tests.ops.harness import CHANNELS, check, make_mask, opcheck, rotated, sweep
 
 SIZES = ((1, 1), (7, 13), (4, 17))
 
 
 @sweep
 def test_layer_norm(dtype, channels, pattern, device):
-    for i, size in enumerate(SIZES):
+    for i, size in rotated(list(enumerate(SIZES)), 1, channels, pattern):
         mask = make_mask(pattern, 2, *size)
         kwargs = {
             "x": torch.randn(2, channels, *size) + 1,

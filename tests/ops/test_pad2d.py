@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from deltafx.ops.pad2d import OP
-from tests.ops.harness import DTYPES, check, make_mask, opcheck, sweep
+from tests.ops.harness import DTYPES, check, make_mask, opcheck, rotated, sweep
 from tests.ops.reference import touching
 
 PADS = ((1, 1, 1, 1), (0, 1, 0, 2), (3, 0, 2, 0), (-1, 2, 1, -2), (-2, -1, 0, -1), (0, 0, 0, 0))
@@ -17,7 +17,7 @@ def candidates_of(mask, pad):
 
 @sweep
 def test_pad(dtype, channels, pattern, device):
-    for i, pad in enumerate(PADS):
+    for i, pad in rotated(list(enumerate(PADS)), 2, channels, pattern):
         mask = make_mask(pattern, 2, 5, 7)
         kwargs = {"x": torch.randn(2, channels, 5, 7), "pad": pad, "value": 0.5 * i}
         check(OP, kwargs, {"x": mask}, candidates_of(mask, pad), dtype, device, i)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from deltafx.ops.pool2d import OP
-from tests.ops.harness import DTYPES, check, make_mask, opcheck, sweep
+from tests.ops.harness import DTYPES, check, make_mask, opcheck, rotated, sweep
 from tests.ops.reference import touching, windows
 
 # kernel, stride, padding, dilation, ceil_mode
@@ -26,11 +26,11 @@ def candidates_of(x, mask, geometry):
     return touching(mask, tuple(y.shape[2:]), *axes)
 
 
-def arguments(mode, x, geometry, **more):
+def arguments(kind, x, geometry, **more):
     kernel, stride, padding, dilation, ceil_mode = geometry
     return {
         "x": x,
-        "mode": mode,
+        "kind": kind,
         "kernel": kernel,
         "stride": stride,
         "padding": padding,
@@ -40,17 +40,17 @@ def arguments(mode, x, geometry, **more):
     }
 
 
-@pytest.mark.parametrize("mode", ["max", "avg"])
+@pytest.mark.parametrize("kind", ["max", "avg"])
 @sweep
-def test_pool(dtype, channels, pattern, mode, device):
-    for i, geometry in enumerate(GEOMETRIES):
-        if mode == "avg" and geometry[3] != (1, 1):
+def test_pool(dtype, channels, pattern, kind, device):
+    for i, geometry in rotated(list(enumerate(GEOMETRIES)), 2, channels, pattern):
+        if kind == "avg" and geometry[3] != (1, 1):
             continue
         size = SIZES[i % len(SIZES)]
         x = torch.randn(2, channels, *size)
         mask = make_mask(pattern, 2, *size)
         found = candidates_of(x, mask, geometry)
-        kwargs = arguments(mode, x, geometry, count_include_pad=i % 2 == 0)
+        kwargs = arguments(kind, x, geometry, count_include_pad=i % 2 == 0)
         check(OP, kwargs, {"x": mask}, found, dtype, device, i)
 
 
@@ -78,16 +78,16 @@ def test_divisor_override(device):
     check(OP, kwargs, {"x": mask}, found, torch.float32, device)
 
 
-@pytest.mark.parametrize("mode", ["max", "avg"])
+@pytest.mark.parametrize("kind", ["max", "avg"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lost_state_and_nan(dtype, mode, device):
+def test_lost_state_and_nan(dtype, kind, device):
     for channels in (3, 17, 64):
         x = torch.randn(2, channels, 7, 9)
         x[0, 2, 1, 1] = float("nan")
         x[1, :, 3, 4] = float("nan")
         mask = make_mask("full", 2, 7, 9)
         found = candidates_of(x, mask, GEOMETRIES[0])
-        kwargs = arguments(mode, x, GEOMETRIES[0])
+        kwargs = arguments(kind, x, GEOMETRIES[0])
         check(OP, kwargs, {"x": mask}, found, dtype, device, lost=True)
 
 
@@ -101,7 +101,7 @@ def test_refuses(device):
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     one, tail = [1, 1], ("identity", [], None, None, None, "rms")
     head = (acc, mask, counts, acc, mask)
-    with pytest.raises(ValueError, match="mode must be"):
+    with pytest.raises(ValueError, match="kind must be"):
         OP.operator(*head, "min", one, one, [0, 0], one, True, None, *tail)
     with pytest.raises(ValueError, match="no dilation"):
         OP.operator(*head, "avg", one, one, [0, 0], [2, 2], True, None, *tail)
