@@ -8,7 +8,7 @@ import torch
 
 from deltafx.errors import DeltafxError
 
-FILE = "_C.so"
+FILE = "_C.abi3.so"
 
 
 def load() -> None:
