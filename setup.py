@@ -129,9 +129,16 @@ def extension_arguments() -> dict:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCH)
     from torch.utils.cpp_extension import BuildExtension
 
+    class BuildOperators(BuildExtension):
+        """Keeps its object files in one place, so that pip's builds are incremental as well."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.build_temp = str(ROOT / "build" / "operators")
+
     return {
         "ext_modules": [make_extension(toolkit)],
-        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)},
+        "cmdclass": {"build_ext": BuildOperators},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
