@@ -94,7 +94,8 @@ def make_extension(toolkit: Path | None):
 
     headers = [str(path) for suffix in HEADERS for path in CSRC.rglob(f"*{suffix}")]
     common = ["-O3", "-std=c++17", "-g0"]
-    host = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    # at::parallel_for is a plain loop in code compiled without OpenMP.
+    host = [*common, "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     files, kind, macros = sources(".cpp"), CppExtension, []
     flags = {"cxx": host}
     if toolkit is not None:
@@ -108,6 +109,7 @@ def make_extension(toolkit: Path | None):
         include_dirs=[str(CSRC)],
         define_macros=macros,
         extra_compile_args=flags,
+        extra_link_args=["-fopenmp"],
         depends=headers,
         py_limited_api=True,
     )
