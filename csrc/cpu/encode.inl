@@ -169,10 +169,16 @@ inline void fill_scale(const EncodeParams& p, FewChannels& few) {
   for (int64_t i = 0; i < kPiece * c; ++i) few.scale[i] = p.out.truncation.inv_scale[i % c];
 }
 
+// Writes `count` sites from `site` on and makes them active.
 template <class T>
-DELTAFX_INLINE void write_site(const Output& out, const float* y, int64_t site) {
-  write_row(static_cast<T*>(out.acc.data) + site * out.acc.ld, y, out.acc.c);
-  out.mask.data[site] = 1;
+inline void write_run(const Output& out, const float* y, int64_t site, int64_t count) {
+  const FeatureMap& acc = out.acc;
+  T* dst = static_cast<T*>(acc.data) + site * acc.ld;
+  if (acc.ld == acc.c)
+    write_row(dst, y, count * acc.c);
+  else
+    for (int64_t x = 0; x < count; ++x) write_row(dst + x * acc.ld, y + x * acc.c, acc.c);
+  __builtin_memset(out.mask.data + site, 1, static_cast<size_t>(count));
 }
 
 // Gates each site of a piece of few channels; the number of active ones.
@@ -193,13 +199,11 @@ inline int64_t encode_few(const Output& out, const float* y, int64_t site, int64
       active += few.flag[x];
     }
   }
-  if (active == count && out.acc.ld == c) {
-    write_row(static_cast<T*>(out.acc.data) + site * c, y, count * c);
-    __builtin_memset(out.mask.data + site, 1, static_cast<size_t>(count));
-  } else {
+  if (active == count)
+    write_run<T>(out, y, site, count);
+  else
     for (int64_t x = 0; x < count; ++x)
-      if (!gated || few.flag[x]) write_site<T>(out, y + x * c, site + x);
-  }
+      if (few.flag[x]) write_run<T>(out, y + x * c, site + x, 1);
   return active;
 }
 
@@ -270,8 +274,7 @@ inline int64_t encode_blocks(const EncodeParams& p, int64_t n, int64_t y0, int64
       for (int64_t x = x0; x < x1; x += step) {
         const int64_t count = x + step < x1 ? step : x1 - x;
         const float* frame = frame_piece<S, T>(p, n, y, x, count, piece);
-        for (int64_t i = 0; i < count; ++i)
-          write_site<T>(p.out, frame + i * acc.c, (n * acc.h + y) * acc.w + x + i);
+        write_run<T>(p.out, frame, (n * acc.h + y) * acc.w + x, count);
       }
   }
   return active;
