@@ -25,7 +25,7 @@ from deltafx.ops.binary import binary
 from deltafx.ops.conv2d import conv2d
 from deltafx.ops.global_pool2d import global_pool2d
 from deltafx.ops.layer_norm import layer_norm
-from deltafx.passes.context import Context, insert_call
+from deltafx.passes.context import Context, insert_call, rename
 
 aten = torch.ops.aten
 _TO_NHWC, _TO_NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -61,7 +61,8 @@ def lift_layouts(gm: fx.GraphModule, context: Context) -> int:
         call, form_name = found
         name = node.name
         node._rename(f"{name}_{form_name}")
-        new = insert_call(gm, call, node, _evaluate(call), name)
+        new = insert_call(gm, call, node, _evaluate(call))
+        rename(new, name)
         shown = _show(gm, new, form_name, node)
         node.replace_all_uses_with(shown)
         lifted[shown] = Lifted(new, form_name)

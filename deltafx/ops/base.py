@@ -85,11 +85,13 @@ def value(node: fx.Node) -> Tensor:
 
 
 def is_map(node: Any, dims: int = 4) -> bool:
-    """Whether a node's result is a floating-point tensor of `dims` dimensions."""
+    """Whether a node's result is a floating-point tensor of `dims` dimensions, and not empty."""
     if not isinstance(node, fx.Node):
         return False
     val = node.meta.get("val")
-    return isinstance(val, Tensor) and val.dim() == dims and val.is_floating_point()
+    if not isinstance(val, Tensor) or val.dim() != dims:
+        return False
+    return val.is_floating_point() and val.numel() > 0
 
 
 def pair(v: Any) -> tuple[int, int]:
