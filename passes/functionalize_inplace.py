@@ -97,7 +97,7 @@ def _protect(gm: fx.GraphModule, root: fx.Node, family: list[fx.Node]) -> None:
             copy = gm.graph.call_function(torch.ops.aten.clone.default, (root,))
         copy.meta["val"] = root.meta["val"]
         root.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
-        copy.meta["mutated"] = True
+        copy.meta |= {"mutated": True, "protected": True}
     for member in family:
         if member is not root:
             member.meta["mutated"] = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from deltafx.ops.base import Call, is_map, value
+from deltafx.ops.base import Call, has_kernels, is_map, value
 from deltafx.ops.gather_channels import gather_channels
 from deltafx.passes.context import Context, only_user, replace
 
@@ -21,7 +21,7 @@ def match_shuffles(gm: fx.GraphModule, context: Context) -> int:
     """Rewrites the shuffles; returns how many."""
     count = 0
     for node in list(gm.graph.nodes):
-        if node.target not in _RESHAPES or not is_map(node):
+        if node.target not in _RESHAPES or not is_map(node) or not has_kernels(value(node)):
             continue
         x, index = _shuffle(node)
         if x is None or node.meta.get("mutated") or x.meta.get("mutated"):

@@ -94,6 +94,12 @@ def is_map(node: Any, dims: int = 4) -> bool:
     return val.is_floating_point() and val.numel() > 0
 
 
+def has_kernels(t: Tensor) -> bool:
+    """Whether the operators take tensors of this dtype on this device."""
+    supported = (torch.float32, torch.bfloat16, torch.float16)
+    return t.dtype in (supported if t.device.type != "cpu" else supported[:2])
+
+
 def pair(v: Any) -> tuple[int, int]:
     """`v`, `[v]` or `[a, b]` as two ints, as ATen expands them."""
     if isinstance(v, int):
