@@ -30,8 +30,8 @@ inline void gather_channels(const GatherParams& p) {
                     });
 }
 
-// The variance is that of the differences from the mean (two passes): the difference of moments
-// would cancel where the mean is large.
+// In two passes: the difference of moments would cancel where the mean is large. The second pass
+// also gives by how much the first one's mean was rounded, which is taken off as well.
 inline void layer_norm(const LayerNormParams& p) {
   const FeatureMap& acc = p.out.acc;
   const float inv_c = 1.f / static_cast<float>(acc.c);
@@ -40,16 +40,19 @@ inline void layer_norm(const LayerNormParams& p) {
   update_candidates(
       p.out, p.act, candidates, 2 * acc.c, padded(acc.c), [&](int32_t site, float* y, float* work) {
         const float* x = site_row(p.x.map, site, work);
-        Vec sum = {}, squares = {};
+        Vec sum = {}, rest = {}, squares = {};
         for_vectors(acc.c, [&](int64_t i, auto lanes) { sum += load_lanes(x + i, lanes); });
         const float mean = sum_of(sum) * inv_c;
         for_vectors(acc.c, [&](int64_t i, auto lanes) {
           const Vec d = only_lanes(load_lanes(x + i, lanes) - mean, lanes);
+          rest += d;
           squares += d * d;
         });
-        const float rstd = 1.f / sqrtf(sum_of(squares) * inv_c + p.eps);
+        const float shift = sum_of(rest) * inv_c;
+        const float variance = sum_of(squares) * inv_c - shift * shift;
+        const float rstd = 1.f / sqrtf(variance + p.eps);
         for_vectors(acc.c, [&](int64_t i, auto lanes) {
-          Vec v = (load_lanes(x + i, lanes) - mean) * rstd;
+          Vec v = (load_lanes(x + i, lanes) - mean - shift) * rstd;
           if (p.weight != nullptr) v *= load_lanes(p.weight + i, lanes);
           if (p.bias != nullptr) v += load_lanes(p.bias + i, lanes);
           store(y + i, v);

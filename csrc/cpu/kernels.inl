@@ -7,7 +7,6 @@ namespace deltafx::DELTAFX_ISA {
 #include "cpu/simd.inl"
 #include "cpu/activation.inl"
 #include "cpu/truncate.inl"
-#include "cpu/encode.inl"
 #include "cpu/gemm.inl"
 #include "cpu/conv_gather.inl"
 #include "cpu/conv_finish.inl"
@@ -15,6 +14,7 @@ namespace deltafx::DELTAFX_ISA {
 #include "cpu/conv_gemm.inl"
 
 #include "cpu/sites.inl"
+#include "cpu/encode.inl"
 #include "cpu/affine.inl"
 #include "cpu/binary.inl"
 #include "cpu/pool.inl"

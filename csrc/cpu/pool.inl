@@ -59,30 +59,31 @@ inline void pool2d(const PoolParams& p) {
     pool_as<float>(p, candidates);
 }
 
+// dst[i..] = the sums over `count` sites of K vectors of channels. In runs of 16 sites: the rounding
+// errors then grow with 16 + count / 16 instead of count.
+template <int K, class X, class Lanes>
+DELTAFX_INLINE void sum_vectors(const X* first, int64_t ld, int64_t count, Lanes lanes, float* dst) {
+  Vec total[K] = {};
+  for (int64_t s = 0; s < count; s += 16) {
+    Vec run[K] = {};
+    const int64_t end = s + 16 < count ? s + 16 : count;
+    for (int64_t site = s; site < end; ++site)
+      for (int k = 0; k < K; ++k) run[k] += load_lanes(first + site * ld + k * kLanes, lanes);
+    for (int k = 0; k < K; ++k) total[k] += run[k];
+  }
+  for (int k = 0; k < K; ++k) store_lanes(dst + k * kLanes, total[k], lanes);
+}
+
 // dst[c] = the sum of `count` sites of `map` from `site`.
 template <class X>
 inline void sum_sites(const FeatureMap& map, int64_t site, int64_t count, float* dst) {
   const X* first = static_cast<const X*>(map.data) + site * map.ld;
   int64_t i = 0;
-  // Four vectors of channels at a time, so that each site's row is read by whole cache lines.
-  for (; i + 4 * kLanes <= map.c; i += 4 * kLanes) {
-    Vec total[4] = {};
-    for (int64_t s = 0; s < count; ++s)
-      for (int k = 0; k < 4; ++k) total[k] += load(first + s * map.ld + i + k * kLanes);
-    for (int k = 0; k < 4; ++k) store(dst + i + k * kLanes, total[k]);
-  }
-  for (; i < map.c; i += kLanes) {
-    const int64_t lanes = map.c - i < kLanes ? map.c - i : kLanes;
-    Vec total = {};
-    if (lanes == kLanes)
-      for (int64_t s = 0; s < count; ++s) total += load(first + s * map.ld + i);
-    else
-      for (int64_t s = 0; s < count; ++s) total += load_some(first + s * map.ld + i, lanes);
-    if (lanes == kLanes)
-      store(dst + i, total);
-    else
-      store_some(dst + i, total, lanes);
-  }
+  for (; i + 4 * kLanes <= map.c; i += 4 * kLanes)
+    sum_vectors<4>(first + i, map.ld, count, AllLanes{}, dst + i);
+  for_vectors(map.c - i, [&](int64_t k, auto lanes) {
+    sum_vectors<1>(first + i + k, map.ld, count, lanes, dst + i + k);
+  });
 }
 
 inline void global_pool2d(const GlobalPoolParams& p) {

@@ -14,7 +14,8 @@ struct BF16 {
   uint16_t bits;
 };
 
-DELTAFX_INLINE Vec splat(float v) { return Vec{} + v; }
+// v - 0 is v, also for -0, so no addition is left of this.
+DELTAFX_INLINE Vec splat(float v) { return v - Vec{}; }
 
 DELTAFX_INLINE float to_float(float v) { return v; }
 DELTAFX_INLINE float to_float(BF16 v) {
@@ -119,30 +120,25 @@ DELTAFX_INLINE Vec rounded_to(Vec v, const BF16*) {
   return load(lanes);
 }
 
-DELTAFX_INLINE Vec select(IntVec mask, Vec a, Vec b) {
-  IntVec x, y;
-  __builtin_memcpy(&x, &a, sizeof a);
-  __builtin_memcpy(&y, &b, sizeof b);
-  const IntVec r = (x & mask) | (y & ~mask);
-  Vec v;
-  __builtin_memcpy(&v, &r, sizeof r);
-  return v;
-}
+DELTAFX_INLINE Vec select(IntVec mask, Vec a, Vec b) { return mask ? a : b; }
 // NaN in either operand of the comparison selects b, so put the value that may be NaN there.
 DELTAFX_INLINE Vec max_of(Vec bound, Vec v) { return select(bound > v, bound, v); }
 DELTAFX_INLINE Vec min_of(Vec bound, Vec v) { return select(bound < v, bound, v); }
 DELTAFX_INLINE Vec abs_of(Vec v) { return select(v < 0.f, -v, v); }
 
-// By halves, which is 4 shuffles and adds where a chain would be 16 adds.
+// By halves, which is log2(kLanes) shuffles and adds where a chain would be kLanes adds.
 DELTAFX_INLINE float sum_of(Vec v) {
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    IntVec from;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) from[i] = i ^ half;
-    v += __builtin_shuffle(v, from);
-  }
-  return v[0];
+#if DELTAFX_LANES == 16
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+#elif DELTAFX_LANES == 8
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+#else
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+#endif
+  return v[0] + v[1];
 }
 
 DELTAFX_INLINE bool any_lane(IntVec v) {

@@ -10,6 +10,14 @@ template <class T>
 DELTAFX_INLINE Vec load_lanes(const T* p, int64_t count) {
   return load_some(p, count);
 }
+template <class T>
+DELTAFX_INLINE void store_lanes(T* p, Vec v, AllLanes) {
+  store(p, v);
+}
+template <class T>
+DELTAFX_INLINE void store_lanes(T* p, Vec v, int64_t count) {
+  store_some(p, v, count);
+}
 
 // f(i, lanes) for each vector of channels [0, c): lanes is AllLanes, or the count of the last few.
 template <class F>

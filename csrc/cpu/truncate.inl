@@ -13,9 +13,7 @@ inline bool changed(const Truncation& truncation, const float* y, const T* acc, 
     IntVec differs = {};
     for (; i + kLanes <= c; i += kLanes) differs |= load(y + i) != load(acc + i);
     if (i < c) differs |= load_some(y + i, c - i) != load_some(acc + i, c - i);
-    int32_t hit = 0;
-    for (int lane = 0; lane < kLanes; ++lane) hit |= differs[lane];
-    return hit != 0;
+    return any_lane(differs);
   }
   const float* scale = truncation.inv_scale + first;
   const bool rms = truncation.policy == Policy::rms;
@@ -29,9 +27,7 @@ inline bool changed(const Truncation& truncation, const float* y, const T* acc, 
   if (i < c)
     add((load_some(y + i, c - i) - load_some(acc + i, c - i)) * load_some(scale + i, c - i));
   if (rms) return !(sum_of(total) <= t * t * static_cast<float>(c));
-  bool within = true;
-  for (int lane = 0; lane < kLanes; ++lane) within &= total[lane] <= t && bad[lane] == 0;
-  return !within;
+  return any_lane(~(total <= t) | bad);
 }
 
 // Rounds y to T in place, so that it is compared as it would be stored.

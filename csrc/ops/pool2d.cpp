@@ -9,10 +9,10 @@
 namespace deltafx {
 namespace {
 
-bool is_maximum(c10::string_view mode) {
-  TORCH_CHECK_VALUE(mode == "max" || mode == "avg", "deltafx: mode must be 'max' or 'avg', not '",
-                    mode, "'");
-  return mode == "max";
+bool is_maximum(c10::string_view kind) {
+  TORCH_CHECK_VALUE(kind == "max" || kind == "avg", "deltafx: kind must be 'max' or 'avg', not '",
+                    kind, "'");
+  return kind == "max";
 }
 
 // torch's rules, those of avg_pool2d's divisor included: padding counts, an overrun does not.
@@ -42,7 +42,7 @@ PoolAxis adaptive_axis(int64_t in, int64_t out, int32_t* table) {
 }
 
 PoolParams params_of(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
-                     const Tensor& x_mask, c10::string_view mode, c10::string_view act,
+                     const Tensor& x_mask, c10::string_view kind, c10::string_view act,
                      c10::ArrayRef<double> act_params, const OptionalTensor& act_weight,
                      const OptionalTensor& inv_scale, const OptionalTensor& threshold,
                      c10::string_view policy) {
@@ -51,18 +51,18 @@ PoolParams params_of(const Tensor& acc, const Tensor& mask, const Tensor& counts
   check_cpu_dtype(p.out.acc.dtype);
   p.act = activation_of(act, act_params, act_weight, p.out.acc.c);
   p.x = input_like(x, x_mask, acc, false);
-  p.maximum = is_maximum(mode);
+  p.maximum = is_maximum(kind);
   return p;
 }
 
 void pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
-            const Tensor& x_mask, c10::string_view mode, at::IntArrayRef kernel,
+            const Tensor& x_mask, c10::string_view kind, at::IntArrayRef kernel,
             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
             bool count_include_pad, std::optional<int64_t> divisor_override, c10::string_view act,
             c10::ArrayRef<double> act_params, const OptionalTensor& act_weight,
             const OptionalTensor& inv_scale, const OptionalTensor& threshold,
             c10::string_view policy) {
-  PoolParams p = params_of(acc, mask, counts, x, x_mask, mode, act, act_params, act_weight,
+  PoolParams p = params_of(acc, mask, counts, x, x_mask, kind, act, act_params, act_weight,
                            inv_scale, threshold, policy);
   p.window_y = window_of(kernel, stride, padding, dilation, 0);
   p.window_x = window_of(kernel, stride, padding, dilation, 1);
@@ -83,11 +83,11 @@ void pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
 }
 
 void adaptive_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
-                     const Tensor& x_mask, c10::string_view mode, c10::string_view act,
+                     const Tensor& x_mask, c10::string_view kind, c10::string_view act,
                      c10::ArrayRef<double> act_params, const OptionalTensor& act_weight,
                      const OptionalTensor& inv_scale, const OptionalTensor& threshold,
                      c10::string_view policy) {
-  PoolParams p = params_of(acc, mask, counts, x, x_mask, mode, act, act_params, act_weight,
+  PoolParams p = params_of(acc, mask, counts, x, x_mask, kind, act, act_params, act_weight,
                            inv_scale, threshold, policy);
   const int64_t h = p.out.acc.h, w = p.out.acc.w;
   int32_t* table = scratch_of<int32_t>(Scratch::tile, 3 * (h + w));
@@ -100,10 +100,10 @@ void adaptive_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts
 
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def("pool2d(" DELTAFX_HEAD
-        "Tensor x, Tensor x_mask, str mode, int[2] kernel, int[2] stride, int[2] padding, "
+        "Tensor x, Tensor x_mask, str kind, int[2] kernel, int[2] stride, int[2] padding, "
         "int[2] dilation, bool count_include_pad, int? divisor_override, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});
-  m.def("adaptive_pool2d(" DELTAFX_HEAD "Tensor x, Tensor x_mask, str mode, " DELTAFX_TAIL,
+  m.def("adaptive_pool2d(" DELTAFX_HEAD "Tensor x, Tensor x_mask, str kind, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(deltafx, CPU, m) {

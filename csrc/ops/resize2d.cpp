@@ -45,7 +45,7 @@ void linear(int64_t in, int64_t out, bool align_corners, std::optional<double> s
 }
 
 void resize2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
-              const Tensor& x_mask, c10::string_view mode, bool align_corners,
+              const Tensor& x_mask, c10::string_view kind, bool align_corners,
               std::optional<double> scale_h, std::optional<double> scale_w, c10::string_view act,
               c10::ArrayRef<double> act_params, const OptionalTensor& act_weight,
               const OptionalTensor& inv_scale, const OptionalTensor& threshold,
@@ -55,9 +55,9 @@ void resize2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const
   check_cpu_dtype(p.out.acc.dtype);
   p.act = activation_of(act, act_params, act_weight, p.out.acc.c);
   p.x = input_like(x, x_mask, acc, false);
-  p.linear = mode == "bilinear";
-  TORCH_CHECK_VALUE(p.linear || mode == "nearest" || mode == "nearest-exact",
-                    "deltafx: mode must be 'nearest', 'nearest-exact' or 'bilinear', not '", mode,
+  p.linear = kind == "bilinear";
+  TORCH_CHECK_VALUE(p.linear || kind == "nearest" || kind == "nearest-exact",
+                    "deltafx: kind must be 'nearest', 'nearest-exact' or 'bilinear', not '", kind,
                     "'");
   TORCH_CHECK_VALUE(p.linear || !align_corners, "deltafx: align_corners goes with 'bilinear'");
   const int64_t h = p.out.acc.h, w = p.out.acc.w;
@@ -68,8 +68,8 @@ void resize2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const
     linear(p.x.map.h, h, align_corners, scale_h, y0, y1, ly);
     linear(p.x.map.w, w, align_corners, scale_w, x0, x1, lx);
   } else {
-    nearest(p.x.map.h, h, mode == "nearest-exact", scale_h, y0);
-    nearest(p.x.map.w, w, mode == "nearest-exact", scale_w, x0);
+    nearest(p.x.map.h, h, kind == "nearest-exact", scale_h, y0);
+    nearest(p.x.map.w, w, kind == "nearest-exact", scale_w, x0);
     std::copy_n(y0, h, y1);
     std::copy_n(x0, w, x1);
   }
@@ -82,7 +82,7 @@ void resize2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const
 
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def("resize2d(" DELTAFX_HEAD
-        "Tensor x, Tensor x_mask, str mode, bool align_corners, float? scale_h, "
+        "Tensor x, Tensor x_mask, str kind, bool align_corners, float? scale_h, "
         "float? scale_w, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});
 }

@@ -18,6 +18,7 @@ from deltafx.ops import (
     conv2d,
     conv_transpose2d,
     encode,
+    fakes,
     gather_channels,
     global_pool2d,
     layer_norm,
@@ -30,6 +31,7 @@ from deltafx.ops import (
 from deltafx.ops.base import DeltaOp, Raised
 
 library.load()
+fakes.register()
 
 _MODULES = (
     encode,

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 def adaptive_pool2d(
     x: Tensor,
-    mode: str,
+    kind: str,
     size: Sequence[int],
     act: str = "identity",
     act_params: Sequence[float] = (),
@@ -28,7 +28,7 @@ def adaptive_pool2d(
 
     Args:
         x: [N, C, H, W], float.
-        mode: `"max"` or `"avg"`.
+        kind: `"max"` or `"avg"`.
         size: (H', W').
         act: The activation's name.
         act_params: Its numbers.
@@ -37,7 +37,7 @@ def adaptive_pool2d(
     Returns:
         [N, C, H', W'].
     """
-    pool = F.adaptive_max_pool2d if mode == "max" else F.adaptive_avg_pool2d
+    pool = F.adaptive_max_pool2d if kind == "max" else F.adaptive_avg_pool2d
     return activate(pool(x, list(size)), act, act_params, act_weight)
 
 
@@ -49,7 +49,7 @@ def raise_adaptive_avg(node: fx.Node) -> Raised:
     size = tuple(int(s) for s in value(node).shape[2:])
     if size == (1, 1):
         return Call(global_pool2d, {"x": x})
-    return Call(adaptive_pool2d, {"x": x, "mode": "avg", "size": size})
+    return Call(adaptive_pool2d, {"x": x, "kind": "avg", "size": size})
 
 
 def prepare(node: fx.Node, kwargs: dict[str, Any]) -> dict[str, Any]:

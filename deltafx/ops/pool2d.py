@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 def pool2d(
     x: Tensor,
-    mode: str,
+    kind: str,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int] = (0, 0),
@@ -37,7 +37,7 @@ def pool2d(
 
     Args:
         x: [N, C, H, W], float.
-        mode: `"max"` or `"avg"`.
+        kind: `"max"` or `"avg"`.
         kernel: (y, x).
         stride: (y, x).
         padding: (y, x).
@@ -52,7 +52,7 @@ def pool2d(
     Returns:
         [N, C, H', W'].
     """
-    if mode == "max":
+    if kind == "max":
         y = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
     else:
         y = F.avg_pool2d(
@@ -62,7 +62,7 @@ def pool2d(
 
 
 def raise_pool2d(node: fx.Node) -> Raised:
-    """`aten.max_pool2d(x, k, s, p, d, ceil)` -> `pool2d(x=, mode="max", kernel=, ...)`."""
+    """`aten.max_pool2d(x, k, s, p, d, ceil)` -> `pool2d(x=, kind="max", kernel=, ...)`."""
     a = arguments(node)
     if not is_map(a["self"]):
         return Refusal("the input of this pool is not [N, C, H, W]")
@@ -70,7 +70,7 @@ def raise_pool2d(node: fx.Node) -> Raised:
     kernel = pair(a["kernel_size"])
     kwargs: dict[str, Any] = {
         "x": a["self"],
-        "mode": "avg" if average else "max",
+        "kind": "avg" if average else "max",
         "kernel": kernel,
         "stride": pair(a["stride"]) if a["stride"] else kernel,
         "padding": pair(a["padding"]),

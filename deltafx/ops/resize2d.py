@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 def resize2d(
     x: Tensor,
-    mode: str,
+    kind: str,
     size: Sequence[int],
     align_corners: bool = False,
     scale_h: float | None = None,
@@ -29,7 +29,7 @@ def resize2d(
 
     Args:
         x: [N, C, H, W], float.
-        mode: `"nearest"`, `"nearest-exact"` or `"bilinear"`.
+        kind: `"nearest"`, `"nearest-exact"` or `"bilinear"`.
         size: (H', W').
         align_corners: For `"bilinear"`.
         scale_h: The scale factor that the caller gave, where torch uses it for coordinates.
@@ -42,16 +42,16 @@ def resize2d(
         [N, C, H', W'].
     """
     size = list(size)
-    if mode == "bilinear":
+    if kind == "bilinear":
         y = aten.upsample_bilinear2d.default(x, size, align_corners, scale_h, scale_w)
-    elif mode == "nearest":
+    elif kind == "nearest":
         y = aten.upsample_nearest2d.default(x, size, scale_h, scale_w)
     else:
         y = aten._upsample_nearest_exact2d.default(x, size, scale_h, scale_w)
     return activate(y, act, act_params, act_weight)
 
 
-_MODES = {
+_KINDS = {
     aten.upsample_bilinear2d.vec: "bilinear",
     aten.upsample_bilinear2d.default: "bilinear",
     aten.upsample_nearest2d.vec: "nearest",
@@ -62,7 +62,7 @@ _MODES = {
 
 
 def raise_resize2d(node: fx.Node) -> Raised:
-    """`aten.upsample_bilinear2d(x, size, ...)` -> `resize2d(x=, mode="bilinear", size=, ...)`."""
+    """`aten.upsample_bilinear2d(x, size, ...)` -> `resize2d(x=, kind="bilinear", size=, ...)`."""
     a = arguments(node)
     x = a.get("input", a.get("self"))
     if not is_map(x):
@@ -71,7 +71,7 @@ def raise_resize2d(node: fx.Node) -> Raised:
     scale_h, scale_w = factors if factors else (a.get("scales_h"), a.get("scales_w"))
     kwargs: dict[str, Any] = {
         "x": x,
-        "mode": _MODES[node.target],
+        "kind": _KINDS[node.target],
         "size": tuple(int(s) for s in value(node).shape[2:]),
         "align_corners": bool(a.get("align_corners", False)),
         "scale_h": scale_h,
@@ -87,4 +87,4 @@ def prepare(node: fx.Node, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 OP = DeltaOp(resize2d, prepare=prepare)
 
-RAISE = dict.fromkeys(_MODES, raise_resize2d)
+RAISE = dict.fromkeys(_KINDS, raise_resize2d)
