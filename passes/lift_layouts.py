@@ -113,7 +113,7 @@ def _view_of(node: fx.Node, lifted: dict[fx.Node, Lifted]) -> Lifted | None:
             return Lifted(lifted[x].map, "map")
         return None
     reshapes = {
-        aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims,
+        aten.flatten.using_ints, aten.reshape.default, aten.squeeze.dims,
         aten.squeeze.dim, aten.squeeze.default, aten.unsqueeze.default,
     }  # fmt: skip
     if node.target not in reshapes or not isinstance(node.meta["val"], Tensor):

@@ -1,6 +1,6 @@
 """match_shuffles: a channel shuffle becomes one gather of channels.
 
-    view(x, [N, g, C/g, H, W]) -> transpose(1, 2) -> reshape([N, C, H, W])
+    reshape(x, [N, g, C/g, H, W]) -> transpose(1, 2) -> reshape([N, C, H, W])
     gather_channels(x=x, index=[...])
 """
 
@@ -14,7 +14,7 @@ from deltafx.ops.gather_channels import gather_channels
 from deltafx.passes.context import Context, only_user, replace
 
 aten = torch.ops.aten
-_RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+_RESHAPES = (aten.reshape.default, aten.flatten.using_ints)
 
 
 def match_shuffles(gm: fx.GraphModule, context: Context) -> int:

@@ -76,6 +76,7 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     functionalize_inplace(gm)
     drop_identities(gm)
     split_into_slices(gm)
+    _reshape_views(gm)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
@@ -114,6 +115,14 @@ def _with_weights(
         node._rename(f"input_{i}")
         node.target = node.name
     return fx.GraphModule(root, graph, "Normalized")
+
+
+def _reshape_views(gm: fx.GraphModule) -> None:
+    """A view becomes a reshape, for accumulators are channels_last whatever the model's maps are."""
+    for node in gm.graph.nodes:
+        if node.target in (aten.view.default, aten.view_copy.default, aten._unsafe_view.default):
+            if not node.meta.get("mutated"):
+                node.target = aten.reshape.default
 
 
 def _drop_modes(gm: fx.GraphModule) -> None:
