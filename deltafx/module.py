@@ -273,6 +273,8 @@ class DeltaModule(fx.GraphModule):
         return compiled
 
     def _compile(self, bound: tuple[Any, ...]) -> _Compiled:
+        # Anew: tensors of the model may have been replaced since, or the model put in train mode.
+        self._traced = trace_model(self.model)
         instance = emit_instance(self._traced, self.config, bound)
         buffers = {**instance.constants, **allocate(instance.plan)}
         self._buffers.clear()
