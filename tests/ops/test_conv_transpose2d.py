@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conv_reference import Case, Problem, set_mask
+
+from tests.ops.conv_reference import Case, Problem, set_mask
 
 SHAPES = [
     Case(8, 8, (2, 2), (2, 2), (0, 0)),
