@@ -38,6 +38,8 @@ class _Compiled:
     code: str
     run: Callable[..., Any]
     frames: int = 0
+    age: int = 0  # frames since the last refresh
+    refreshing: bool = False
     calibrated: bool = False
 
 
@@ -103,6 +105,7 @@ class DeltaModule(fx.GraphModule):
             compiled = self._prepare(bound)
             tensors = [a for a in pytree.tree_leaves(bound) if isinstance(a, Tensor)]
             self._calibrate_if_due(compiled)
+            self._refresh_if_due(compiled)
             out = compiled.run(self, *tensors)
             compiled.frames += 1
             self._calibrate_if_due(compiled)
@@ -146,6 +149,7 @@ class DeltaModule(fx.GraphModule):
         """
         if streams is None:
             for compiled in self._cache.values():
+                compiled.age = 0
                 for slot in compiled.instance.plan.slots:
                     compiled.buffers[acc_name(slot)].fill_(float("nan"))
             return
@@ -273,6 +277,8 @@ class DeltaModule(fx.GraphModule):
         return compiled
 
     def _compile(self, bound: tuple[Any, ...]) -> _Compiled:
+        # Anew: tensors of the model may have been replaced since, or the model put in train mode.
+        self._traced = trace_model(self.model)
         instance = emit_instance(self._traced, self.config, bound)
         buffers = {**instance.constants, **allocate(instance.plan)}
         self._buffers.clear()
@@ -300,7 +306,18 @@ class DeltaModule(fx.GraphModule):
             return
         plan = self._current.instance.plan
         values = self.thresholds.resolve(tuple(plan.truncating), self._current.instance.frame_inputs)
+        if self._current.refreshing:
+            values = [0.0] * len(values)
         self._current.buffers[THRESHOLDS].copy_(torch.tensor(values))
+
+    def _refresh_if_due(self, compiled: _Compiled) -> None:
+        """Every so many frames nothing is truncated, so that no value is stale for longer."""
+        every = self.config.refresh_every
+        refreshing = every > 0 and compiled.age == 0
+        if refreshing != compiled.refreshing:
+            compiled.refreshing = refreshing
+            self._write_thresholds()
+        compiled.age = (compiled.age + 1) % every if every else 0
 
     def _calibrate_if_due(self, compiled: _Compiled) -> None:
         due = not compiled.calibrated and compiled.frames and self.thresholds.any_positive()

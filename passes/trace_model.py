@@ -34,7 +34,9 @@ class TracedModel:
     reason: str = ""
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments in the order of `forward`.
+        """All arguments in the order of `forward`, defaults filled in.
+
+        Of a `"python"` model the last one is the dictionary of those that go by keyword.
 
         Raises:
             InvalidInputError: They do not fit it.
@@ -43,9 +45,10 @@ class TracedModel:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
             raise InvalidInputError(f"the model's forward: {error}") from None
+        bound.apply_defaults()
         if self.front_end == "fx":
-            bound.apply_defaults()
-        return bound.args
+            return tuple(bound.arguments.values())
+        return (*bound.args, bound.kwargs)
 
 
 class Tracer(fx.Tracer):
@@ -72,16 +75,26 @@ def trace_model(model: nn.Module) -> TracedModel:
             f"the model is in train mode (at {training[0]!r}): call model.eval() first"
         )
     signature = inspect.signature(model.forward)
+    reason = _not_for_fx(signature)
+    if reason:
+        return TracedModel(model, signature, "python", reason)
     try:
         root = fx.GraphModule(model, Tracer().trace(model))
     except Exception as error:  # noqa: BLE001  whatever a user's code does under a tracer
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         return TracedModel(model, signature, "python", reason)
-    variadic = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values())
-    if variadic:
-        return TracedModel(model, signature, "python", "forward takes *args or **kwargs")
     root.eval()
     return TracedModel(root, signature, "fx")
+
+
+def _not_for_fx(signature: inspect.Signature) -> str:
+    """Why fx would trace something else than the model: it takes every argument for a tensor."""
+    for p in signature.parameters.values():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            return "forward takes *args or **kwargs"
+        if p.default is not p.empty:
+            return f"forward has an optional argument, {p.name!r}"
+    return ""
 
 
 __all__ = ["TracedModel", "Tracer", "trace_model"]
