@@ -36,12 +36,12 @@ class Config:
             the least recently used is dropped.
     """
 
-    threshold: float = 0.1
+    threshold: float = 0.095
     input_threshold: float | None = None
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     policy: str = "rms"
     input_block: int = 16
-    refresh_every: int = 7
+    refresh_every: int = 6
     scale_floor: float = 0.05
     max_states: int = 4
 

@@ -61,8 +61,15 @@ def packed_weight(
     return weight.new_empty(groups * cin * columns * kh * kw, dtype=torch.float32)
 
 
+def check_arena(masks: Tensor, counts: Tensor) -> None:
+    """The fake of `clear_masks`: `masks` bool, `counts` int64 [nodes, 2]."""
+    torch._check(masks.dtype == torch.bool, lambda: f"masks must be bool, not {masks.dtype}")
+    torch._check(counts.dtype == torch.int64, lambda: f"counts must be int64, not {counts.dtype}")
+
+
 def register(library: torch.library.Library | None = None) -> None:
     """Registers the fake of every operator, once the operators are loaded."""
     for name in OPERATORS:
         torch.library.register_fake(f"deltafx::{name}", check_head, lib=library)
+    torch.library.register_fake("deltafx::clear_masks", check_arena, lib=library)
     torch.library.register_fake("deltafx::pack_conv_weight", packed_weight, lib=library)

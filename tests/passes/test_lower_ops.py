@@ -57,8 +57,8 @@ def test_a_second_lowering_gives_the_same_graph():
 def test_the_masks_are_cleared_first():
     graph, _, _ = lowered(net(), whole(1, 2, 4, 4))
     first = next(n for n in graph.nodes if n.op == "call_function")
-    assert first.target == torch.ops.aten.zero_.default
-    assert first.args[0].target == "masks"
+    assert first.target == torch.ops.deltafx.clear_masks.default
+    assert [a.target for a in first.args] == ["masks", "counts"]
 
 
 def test_a_graph_without_state_has_no_masks():
