@@ -135,8 +135,9 @@ def check_bounded(
 ) -> None:
     net, shape = made[0].to(dtype), made[1]
     compiled = deltafx.compile(
-        net, threshold=threshold, input_threshold=threshold / 2, policy=policy, input_block=block
-    )
+        net, threshold=threshold, input_threshold=threshold / 2, policy=policy, input_block=block,
+        refresh_every=scene.seed % 4,
+    )  # fmt: skip
     gm = None
     with torch.no_grad():
         for event, frame in scene.frames(2, shape, dtype):

@@ -187,6 +187,26 @@ def test_thresholds_change_between_frames():
     assert compiled.code == code, "nothing was compiled again"
 
 
+def test_nothing_is_truncated_in_a_refresh():
+    model = Net()
+    compiled = deltafx.compile(model, threshold=0.5, refresh_every=3)
+    torch.manual_seed(0)
+    frame, noise = torch.randn(1, 3, 16, 16), 0.01 * torch.randn(10, 1, 3, 16, 16)
+    fractions = []
+    for i in range(7):
+        if i % 3 == 0:  # every site changes a little, so that every site is computed
+            exact_over(model, compiled, [frame + noise[i]])
+        else:
+            compiled(frame + noise[i])
+        fractions.append(compiled.stats().flop_fraction)
+    assert [f > 0.99 for f in fractions] == [i % 3 == 0 for i in range(7)]
+    compiled(frame + noise[7])
+    compiled.reset()
+    exact_over(model, compiled, [frame])
+    still = [compiled(frame) and compiled.stats().flop_fraction for _ in range(6)]
+    assert still == [0] * 6, "a still picture stays free"
+
+
 def test_thresholds_are_a_mapping():
     compiled = deltafx.compile(Net(), threshold=0.2, thresholds={"a": 0.5})
     assert dict(compiled.thresholds) == {"a": 0.5}
