@@ -54,7 +54,9 @@ def test_every_option(options):
 
 
 def test_the_input_threshold_is_for_the_input():
-    compiled = deltafx.compile(small(), threshold=0.3, input_threshold=0.1, example_inputs=(frames()[0],))
+    compiled = deltafx.compile(
+        small(), threshold=0.3, input_threshold=0.1, example_inputs=(frames()[0],)
+    )
     assert dict(compiled.thresholds) == {"input_0_encoded": 0.1, "m_0": 0.3, "m_2": 0.3}
 
 
