@@ -23,8 +23,8 @@ from deltafx.config import Config
 from deltafx.errors import InvalidInputError, NotCompiledError, TrainModeError, UnknownNodeError
 from deltafx.passes.emit_instance import Instance, emit_instance
 from deltafx.passes.trace_model import TracedModel, trace_model
-from deltafx.stats import Explanation, Stats, make_stats
 from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, mask_name
+from deltafx.stats import Explanation, Stats, make_stats
 from deltafx.thresholds import Thresholds
 
 Signature = tuple[Any, ...]

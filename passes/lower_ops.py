@@ -3,7 +3,7 @@
 Enters: the planned graph. Leaves: a new graph over the attributes of a state and constants.
 
     conv2d(x=a, weight=w, act="relu")
-    deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, const_n_weight, ..., inv_scale_n, threshold_n)
+    deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, const_n_weight, ..., threshold_n)
 
 The masks are cleared first. Dense calls read accumulators as ordinary tensors. What leaves the
 graph is copied where it is, or may show, an accumulator: the next frame must not change it.
