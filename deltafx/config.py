@@ -40,8 +40,8 @@ class Config:
     input_threshold: float | None = None
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     policy: str = "rms"
-    input_block: int = 8
-    refresh_every: int = 0
+    input_block: int = 16
+    refresh_every: int = 7
     scale_floor: float = 0.05
     max_states: int = 4
 
