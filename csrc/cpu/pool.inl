@@ -6,38 +6,35 @@ inline void pool_as(const PoolParams& p, Candidates& candidates) {
   const FeatureMap &acc = p.out.acc, &in = p.x.map;
   const int64_t row_step = p.y.step * in.w * in.ld, step = p.x_axis.step * in.ld;
   const int64_t taps = p.maximum || p.window_y.kernel > 0 ? 4 : 16;
-  update_candidates(
-      p.out, p.act, candidates, taps * acc.c, 0, [&](int32_t site, float* y, float*) {
-        const Position at = position_of(acc, site);
-        const int64_t y0 = p.y.begin[at.y], y1 = p.y.end[at.y];
-        const int64_t x0 = p.x_axis.begin[at.x], x1 = p.x_axis.end[at.x];
-        const X* corner = static_cast<const X*>(in.data) + ((at.n * in.h + y0) * in.w + x0) * in.ld;
-        const auto reduce = [&](Vec start, auto combine, auto finish) {
-          for_vectors(acc.c, [&](int64_t i, auto lanes) {
-            Vec total = start;
-            const X* row = corner + i;
-            for (int64_t iy = y0; iy < y1; iy += p.y.step, row += row_step) {
-              const X* tap = row;
-              for (int64_t ix = x0; ix < x1; ix += p.x_axis.step, tap += step)
-                total = combine(total, load_lanes(tap, lanes));
-            }
-            store(y + i, finish(total));
-          });
-        };
-        if (p.maximum) {
-          reduce(
-              splat(-__builtin_inff()),
-              [](Vec best, Vec v) { return select((v > best) | (v != v), v, best); },
-              [](Vec best) { return best; });
-        } else {
-          const bool empty = y0 >= y1 || x0 >= x1;
-          const float divisor =
-              empty ? 1.f : static_cast<float>(p.y.divisor[at.y] * p.x_axis.divisor[at.x]);
-          reduce(
-              Vec{}, [](Vec sum, Vec v) { return sum + v; },
-              [=](Vec sum) { return sum / divisor; });
+  update_candidates(p.out, p.act, candidates, taps * acc.c, 0, [&](int32_t site, float* y, float*) {
+    const Position at = position_of(acc, site);
+    const int64_t y0 = p.y.begin[at.y], y1 = p.y.end[at.y];
+    const int64_t x0 = p.x_axis.begin[at.x], x1 = p.x_axis.end[at.x];
+    const X* corner = static_cast<const X*>(in.data) + ((at.n * in.h + y0) * in.w + x0) * in.ld;
+    const auto reduce = [&](Vec start, auto combine, auto finish) {
+      for_vectors(acc.c, [&](int64_t i, auto lanes) {
+        Vec total = start;
+        const X* row = corner + i;
+        for (int64_t iy = y0; iy < y1; iy += p.y.step, row += row_step) {
+          const X* tap = row;
+          for (int64_t ix = x0; ix < x1; ix += p.x_axis.step, tap += step)
+            total = combine(total, load_lanes(tap, lanes));
         }
+        store_lanes(y + i, finish(total), lanes);
       });
+    };
+    if (p.maximum) {
+      reduce(
+          splat(-__builtin_inff()),
+          [](Vec best, Vec v) { return select((v > best) | (v != v), v, best); },
+          [](Vec best) { return best; });
+    } else {
+      const bool empty = y0 >= y1 || x0 >= x1;
+      const float divisor =
+          empty ? 1.f : static_cast<float>(p.y.divisor[at.y] * p.x_axis.divisor[at.x]);
+      reduce(Vec{}, [](Vec sum, Vec v) { return sum + v; }, [=](Vec sum) { return sum / divisor; });
+    }
+  });
 }
 
 inline void pool2d(const PoolParams& p) {
@@ -59,10 +56,11 @@ inline void pool2d(const PoolParams& p) {
     pool_as<float>(p, candidates);
 }
 
-// dst[i..] = the sums over `count` sites of K vectors of channels. In runs of 16 sites: the rounding
-// errors then grow with 16 + count / 16 instead of count.
+// dst[i..] = the sums over `count` sites of K vectors of channels. In runs of 16 sites: the
+// rounding errors then grow with 16 + count / 16 instead of count.
 template <int K, class X, class Lanes>
-DELTAFX_INLINE void sum_vectors(const X* first, int64_t ld, int64_t count, Lanes lanes, float* dst) {
+DELTAFX_INLINE void sum_vectors(const X* first, int64_t ld, int64_t count, Lanes lanes,
+                                float* dst) {
   Vec total[K] = {};
   for (int64_t s = 0; s < count; s += 16) {
     Vec run[K] = {};
@@ -92,19 +90,20 @@ inline void global_pool2d(const GlobalPoolParams& p) {
   Candidates candidates(in.n, 1, 1);
   candidates.add_streams(p.x.mask);
   const int32_t* list = candidates.list();
-  parallel_for(
-      0, candidates.size() * tiles, 1 + 32768 / (kPoolTile * in.c), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t n = list[i / tiles], tile = i % tiles, first = n * sites + tile * kPoolTile;
-          const int64_t count = tile + 1 < tiles ? kPoolTile : sites - tile * kPoolTile;
-          if (!any(p.x.mask.data + first, count)) continue;
-          float* dst = p.partial + (n * tiles + tile) * in.c;
-          if (in.dtype == DType::bf16)
-            sum_sites<BF16>(in, first, count, dst);
-          else
-            sum_sites<float>(in, first, count, dst);
-        }
-      });
+  parallel_for(0, candidates.size() * tiles, 1 + 32768 / (kPoolTile * in.c),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t n = list[i / tiles], tile = i % tiles,
+                                 first = n * sites + tile * kPoolTile;
+                   const int64_t count = tile + 1 < tiles ? kPoolTile : sites - tile * kPoolTile;
+                   if (!any(p.x.mask.data + first, count)) continue;
+                   float* dst = p.partial + (n * tiles + tile) * in.c;
+                   if (in.dtype == DType::bf16)
+                     sum_sites<BF16>(in, first, count, dst);
+                   else
+                     sum_sites<float>(in, first, count, dst);
+                 }
+               });
   FeatureMap partial{p.partial, DType::f32, in.n, in.c, tiles, 1, in.c};
   update_candidates(p.out, p.act, candidates, tiles * in.c, 0, [&](int32_t n, float* y, float*) {
     sum_sites<float>(partial, n * tiles, tiles, y);

@@ -1,5 +1,5 @@
-// deltafx::resize2d: nearest, nearest-exact or bilinear resampling to the accumulator's size, at the
-// coordinates of torch's upsample_* on the CPU, which it computes in fp32.
+// deltafx::resize2d: nearest, nearest-exact or bilinear resampling to the accumulator's size, at
+// the coordinates of torch's upsample_* on the CPU, which it computes in fp32.
 #include <algorithm>
 #include <cmath>
 
