@@ -351,6 +351,7 @@ class DeltaModule(fx.GraphModule):
             for tensor in group.values():
                 if tensor is not None:
                     seen.append(id(tensor))
+                    seen.append(tensor.data_ptr())  # `p.data = ...`, as model.to() does
                     if not tensor.is_inference():  # those cannot be written to
                         seen.append(tensor._version)
         if seen != self._weights_seen:

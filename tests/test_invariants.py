@@ -28,7 +28,7 @@ CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_ba
 
 def examples(count: int) -> settings:
     return settings(
-        max_examples=count, deadline=None, suppress_health_check=CHECKS, derandomize=True,
+        max_examples=count, deadline=None, suppress_health_check=CHECKS, derandomize=True, database=None,
         print_blob=True,
     )  # fmt: skip
 
@@ -212,7 +212,7 @@ def test_streams_do_not_touch_each_other(made: Made, scene: Scene, threshold: fl
     for (event, a), (_, b) in zip(scene.frames(1, shape), other.frames(1, shape), strict=True):
         if event == "reset stream":
             together.reset(1)
-            alone[1].reset()
+            alone[1].reset(0)
         together(torch.cat([a, b]))
         alone[0](a)
         alone[1](b)
