@@ -164,6 +164,7 @@ class DirectConv {
     for (int64_t first = 0; first < channels; first += kTruncationGroup) {
       const int64_t left = channels - first;
       const int64_t count = left < kTruncationGroup ? left : kTruncationGroup;
+      for (int r = 0; r < rows; ++r) finish_.prefetch(work_.sites[i + r], first, count);
       const T* x = base + first;
       const float* w = weights_ + first;
       const int64_t group = work_.layout.cin;

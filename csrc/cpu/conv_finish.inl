@@ -156,15 +156,21 @@ struct Finish {
       return any_lane(different);
     }
     const float* scale = p.out.truncation.inv_scale + first;
-    Vec total = {};
+    const auto change = [&](int i) __attribute__((always_inline)) {
+      return (v[i] - part<V>(acc, i, lanes)) * part<V>(scale, i, lanes);
+    };
+    if (policy == Policy::rms) {
+      Vec total = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i) {
+        const Vec delta = change(i);
+        total += delta * delta;
+      }
+      return !(sum_of(total) <= threshold * threshold * static_cast<float>(c));
+    }
     IntVec beyond = {};
 #pragma GCC unroll 16
-    for (int i = 0; i < V; ++i) {
-      const Vec delta = (v[i] - part<V>(acc, i, lanes)) * part<V>(scale, i, lanes);
-      total += delta * delta;
-      beyond |= ~(abs_of(delta) <= threshold);
-    }
-    if (policy == Policy::maximum) return any_lane(beyond);
-    return !(sum_of(total) <= threshold * threshold * static_cast<float>(c));
+    for (int i = 0; i < V; ++i) beyond |= ~(abs_of(change(i)) <= threshold);
+    return any_lane(beyond);
   }
 };

@@ -195,7 +195,9 @@ inline void conv_phase_as(const ConvParams& p, const ConvSites& work) {
                                static_cast<double>(taps * work.layout.cin + 8);
   const int64_t threads = multiply_adds < kSmallWork ? 1 : num_threads();
   if (work.layout.direct) {
-    const int64_t size = 64, tasks = (n + size - 1) / size;
+    // Long tasks: a window's upper rows are then still in this core's cache from the row before.
+    const int64_t share = n / (4 * threads), size = share < 64 ? 64 : share;
+    const int64_t tasks = (n + size - 1) / size;
     for_tasks(tasks, threads < tasks ? threads : tasks, [&](int64_t task) {
       const int64_t end = (task + 1) * size < n ? (task + 1) * size : n;
       DirectConv<T>(p, work).range(task * size, end);
