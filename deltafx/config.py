@@ -36,12 +36,12 @@ class Config:
             the least recently used is dropped.
     """
 
-    threshold: float = 0.1
+    threshold: float = 0.095
     input_threshold: float | None = None
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     policy: str = "rms"
     input_block: int = 16
-    refresh_every: int = 7
+    refresh_every: int = 6
     scale_floor: float = 0.05
     max_states: int = 4
 
@@ -63,10 +63,10 @@ class Config:
         object.__setattr__(self, "thresholds", MappingProxyType(dict(self.thresholds)))
         if self.policy not in POLICIES:
             raise InvalidOptionError(f"policy must be one of {POLICIES}, not {self.policy!r}")
-        for name in ("input_block", "max_states"):
+        for name, least in (("input_block", 1), ("max_states", 1), ("refresh_every", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidOptionError(f"{name} must be an int >= 1, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidOptionError(f"{name} must be an int >= {least}, not {value!r}")
         floor = self.scale_floor
         if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor <= 1:
             raise InvalidOptionError(f"scale_floor must be in (0, 1], not {floor!r}")

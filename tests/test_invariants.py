@@ -95,7 +95,7 @@ def raised_graph(compiled: deltafx.DeltaModule, frame: torch.Tensor) -> fx.Graph
 
 
 def evaluate(gm: fx.GraphModule, compiled: deltafx.DeltaModule, frame: torch.Tensor) -> dict:
-    """Every delta node's `f`, of the accumulators of its inputs: in fp64 and in the dtype itself."""
+    """Every delta node's `f` of its inputs' accumulators: in fp64, and in the dtype itself."""
     known: dict[fx.Node, torch.Tensor] = {}
     found: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
     for node in gm.graph.nodes:
@@ -117,11 +117,13 @@ def evaluate(gm: fx.GraphModule, compiled: deltafx.DeltaModule, frame: torch.Ten
 
 
 def norms(change: torch.Tensor, policy: str, block: int) -> torch.Tensor:
-    """The policy's norm of each truncation group; of each square of the input, where it is gated so."""
+    """The policy's norm of each truncation group; of each square, where the input is gated so."""
     if block > 1:
         ones = torch.ones_like(change[:, :1])
+
         def total(t):
             return F.avg_pool2d(t, block, ceil_mode=True, divisor_override=1)
+
         count = total(ones) * change.shape[1]
         return (total(change.square().sum(1, keepdim=True)) / count).sqrt()
     groups = change.split(GROUP, 1)
@@ -135,8 +137,9 @@ def check_bounded(
 ) -> None:
     net, shape = made[0].to(dtype), made[1]
     compiled = deltafx.compile(
-        net, threshold=threshold, input_threshold=threshold / 2, policy=policy, input_block=block
-    )
+        net, threshold=threshold, input_threshold=threshold / 2, policy=policy, input_block=block,
+        refresh_every=scene.seed % 4,
+    )  # fmt: skip
     gm = None
     with torch.no_grad():
         for event, frame in scene.frames(2, shape, dtype):
