@@ -76,5 +76,14 @@ OP = DeltaOp(affine)
 
 RAISE = {
     aten.batch_norm.default: raise_batch_norm,
-    **dict.fromkeys((aten.relu.default, aten.relu6.default, aten.silu.default, aten.hardswish.default, aten.hardsigmoid.default, aten.sigmoid.default, aten.tanh.default, aten.mish.default, aten.selu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.leaky_relu.default, aten.prelu.default, aten.gelu.default, aten.elu.default, aten.softplus.default), raise_activation),
+    **{
+        target: raise_activation
+        for target in (
+            aten.relu.default, aten.relu6.default, aten.silu.default, aten.hardswish.default,
+            aten.hardsigmoid.default, aten.sigmoid.default, aten.tanh.default, aten.mish.default,
+            aten.selu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default,
+            aten.leaky_relu.default, aten.prelu.default, aten.gelu.default, aten.elu.default,
+            aten.softplus.default,
+        )
+    },
 }  # fmt: skip
