@@ -23,8 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltafx.ops import adaptive_pool2d, affine, binary, encode, gather_channels
-from deltafx.ops import global_pool2d, layer_norm, pad2d, pool2d, resize2d
+from deltafx.ops import (
+    adaptive_pool2d,
+    affine,
+    binary,
+    encode,
+    gather_channels,
+    global_pool2d,
+    layer_norm,
+    pad2d,
+    pool2d,
+    resize2d,
+)
 from deltafx.ops.base import DeltaOp
 
 DENSITIES = (0.0, 0.05, 1.0)
@@ -84,7 +94,9 @@ def rectangle(n: int, h: int, w: int, density: float) -> Tensor:
     return mask
 
 
-def delta_call(op: DeltaOp, kwargs: dict[str, Any], density: float, keep: bool) -> Callable[[], None]:
+def delta_call(
+    op: DeltaOp, kwargs: dict[str, Any], density: float, keep: bool
+) -> Callable[[], None]:
     """A call of the operator with the rectangle active in its inputs."""
     result = op.dense(**kwargs)
     n, c, h, w = result.shape
@@ -119,7 +131,9 @@ def encode_calls() -> dict[str, dict[str, Callable[[], Any]]]:
     for layout in (torch.contiguous_format, torch.channels_last):
         for c, h, w in ((3, 576, 768), (64, 144, 192)):
             frames = [torch.rand(1, c, h, w).contiguous(memory_format=layout) for _ in range(2)]
-            name = f"encode {c} {'planar' if layout == torch.contiguous_format else 'channels_last'}"
+            name = (
+                f"encode {c} {'planar' if layout == torch.contiguous_format else 'channels_last'}"
+            )
             for block in (1, 8):
                 static, moving = (_encoder(frames, block, n) for n in (1, 2))
                 copied = torch.empty(1, c, h, w).contiguous(memory_format=torch.channels_last)
