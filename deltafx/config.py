@@ -31,6 +31,7 @@ class Config:
         scale_floor: A channel's scale is at least this share of its layer's mean scale.
         max_states: How many states (one for each shape, dtype and device of the input) are kept;
             the least recently used is dropped.
+        cuda_graph: Whether a frame on a CUDA device is launched as one CUDA graph.
     """
 
     threshold: float = 0.1
@@ -40,6 +41,7 @@ class Config:
     input_block: int = 8
     scale_floor: float = 0.05
     max_states: int = 4
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -61,6 +63,8 @@ class Config:
             raise InvalidOptionError(f"scale_floor must be in (0, 1], not {self.scale_floor!r}")
         if not isinstance(self.max_states, int) or self.max_states < 1:
             raise InvalidOptionError(f"max_states must be an int >= 1, not {self.max_states!r}")
+        if not isinstance(self.cuda_graph, bool):
+            raise InvalidOptionError(f"cuda_graph must be a bool, not {self.cuda_graph!r}")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Config:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from deltafx import calibration
 from deltafx.config import Config
+from deltafx.cuda_graph import FrameGraph
 from deltafx.errors import InvalidInputError, NotCompiledError, TrainModeError, UnknownNodeError
 from deltafx.passes.emit_instance import Instance, emit_instance
 from deltafx.passes.trace_model import TracedModel, trace_model
@@ -279,6 +280,8 @@ class DeltaModule(fx.GraphModule):
         self._buffers.update(buffers)
         self.graph = instance.graph
         run = type(self).run_graph  # type: ignore[attr-defined]
+        if self.config.cuda_graph and instance.plan.device.type == "cuda":
+            run = FrameGraph(run, self.graph, buffers)
         compiled = _Compiled(instance, buffers, self.graph, self.code, run)
         known = all(name in self._scales for name in instance.plan.truncating)
         if known and self._scales:

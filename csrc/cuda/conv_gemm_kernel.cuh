@@ -1,0 +1,336 @@
+// Convolution as an implicit matrix product over a list of candidate sites: a tile is kRows sites by
+// kColumns output channels. The sites' windows are gathered by cp.async into a ring of stages,
+// multiplied on tensor cores, and finished (bias, residual, activation, update rule) from fp32
+// results in shared memory, so that the accumulator is read and written in whole rows.
+#pragma once
+
+#include "cuda/conv_gemm.h"
+#include "cuda/conv_gemm_loader.cuh"
+#include "cuda/update.cuh"
+
+namespace deltafx::cuda {
+
+__device__ __forceinline__ void cluster_sync() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#endif
+}
+
+// Four floats at `offset` bytes of block `rank` of the cluster's shared memory.
+__device__ __forceinline__ float4 load_from_block(uint32_t offset, int rank) {
+  float4 v = {};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(offset), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address));
+#endif
+  return v;
+}
+
+template <class Traits>
+struct GemmWarp {
+  using Math = typename Traits::Math;
+  float sums[Traits::kTilesM][Traits::kTilesN][4];
+  int row, column, lane;  // of the warp in the tile
+
+  __device__ GemmWarp()
+      : row(static_cast<int>(threadIdx.x) / 32 / Traits::kWarpColumns * Traits::kTilesM * 16),
+        column(static_cast<int>(threadIdx.x) / 32 % Traits::kWarpColumns * Traits::kTilesN * 8),
+        lane(threadIdx.x % 32) {}
+
+  __device__ void clear() {
+#pragma unroll
+    for (auto& a : sums)
+#pragma unroll
+      for (auto& b : a)
+#pragma unroll
+        for (float& v : b) v = 0.f;
+  }
+
+  __device__ void add(const GemmWarp& other) {
+#pragma unroll
+    for (int m = 0; m < Traits::kTilesM; ++m)
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesN; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[m][n][i] += other.sums[m][n][i];
+  }
+
+  static __device__ __forceinline__ uint32_t address(uint32_t tile, int r, int chunk) {
+    return tile + r * kRowBytes + ((chunk ^ (r & 7)) * kChunkBytes);
+  }
+
+  // sums += A * B for a stage of depth.
+  __device__ void multiply(uint32_t a_tile, uint32_t b_tile) {
+    if constexpr (Math::kExact) {
+      multiply_exactly(a_tile, b_tile);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        uint32_t a[Traits::kTilesM][4], b[Traits::kTilesN][2];
+#pragma unroll
+        for (int m = 0; m < Traits::kTilesM; ++m)
+          load_matrices(a[m], address(a_tile, row + m * 16 + lane % 16, k * 2 + lane / 16));
+#pragma unroll
+        for (int n = 0; n < Traits::kTilesN; n += 2) {
+          uint32_t both[4];
+          load_matrices(both, address(b_tile, column + n * 8 + lane % 8 + lane / 16 * 8,
+                                      k * 2 + lane / 8 % 2));
+          b[n][0] = both[0], b[n][1] = both[1], b[n + 1][0] = both[2], b[n + 1][1] = both[3];
+        }
+#pragma unroll
+        for (int m = 0; m < Traits::kTilesM; ++m)
+#pragma unroll
+          for (int n = 0; n < Traits::kTilesN; ++n) Math::mma(sums[m][n], a[m], b[n]);
+      }
+    }
+  }
+
+  // The results into shared memory, [kRows][kPitch].
+  __device__ void store(float* tile) const {
+#pragma unroll
+    for (int m = 0; m < Traits::kTilesM; ++m)
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesN; ++n) {
+        const int r = row + m * 16 + lane / 4, c = column + n * 8 + lane % 4 * 2;
+        *reinterpret_cast<float2*>(tile + r * Traits::kPitch + c) =
+            make_float2(sums[m][n][0], sums[m][n][1]);
+        *reinterpret_cast<float2*>(tile + (r + 8) * Traits::kPitch + c) =
+            make_float2(sums[m][n][2], sums[m][n][3]);
+      }
+  }
+
+ private:
+  static __device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(address));
+#pragma unroll
+    for (uint32_t& word : v) word = Math::operand(word);
+  }
+
+  static __device__ __forceinline__ float4 load_four(uint32_t address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address));
+    return v;
+  }
+
+  __device__ void multiply_exactly(uint32_t a_tile, uint32_t b_tile) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < kRowBytes / kChunkBytes; ++chunk) {
+      float4 a[Traits::kTilesM][2];
+#pragma unroll
+      for (int m = 0; m < Traits::kTilesM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          a[m][half] = load_four(address(a_tile, row + m * 16 + half * 8 + lane / 4, chunk));
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesN; ++n)
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const float4 b = load_four(address(b_tile, column + n * 8 + lane % 4 * 2 + side, chunk));
+#pragma unroll
+          for (int m = 0; m < Traits::kTilesM; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              float& sum = sums[m][n][half * 2 + side];
+              const float4& v = a[m][half];
+              sum = fmaf(v.w, b.w, fmaf(v.z, b.z, fmaf(v.y, b.y, fmaf(v.x, b.x, sum))));
+            }
+        }
+    }
+  }
+};
+
+// Bias, residual, activation and the update rule for one truncation group of one site, from the sums
+// in y. True if it was written.
+template <class T>
+__device__ __forceinline__ bool finish_group(const GemmParams& p, int site, int c0, int count,
+                                             float (&y)[kVector]) {
+  if (count > 0) {
+    if (p.bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        if (i < count) y[i] += __ldg(p.bias + c0 + i);
+    }
+    if (p.residual.data == nullptr) {
+      activate(p.act, c0, count, y);
+    } else {
+      float residual[kVector];
+      load_vector(static_cast<const T*>(p.residual.data) + site * p.residual.ld + c0, count,
+                  p.residual_aligned, residual);
+      if (p.residual_after_act) activate(p.act, c0, count, y);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) y[i] += residual[i];
+      if (!p.residual_after_act) activate(p.act, c0, count, y);
+    }
+  }
+  return update_group<T>(p.out, p.acc_aligned, site, c0, count, y);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiprocessor)
+    conv_gemm_kernel(const __grid_constant__ GemmParams p) {
+  using T = typename Traits::T;
+  constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
+  constexpr int kGroups = kColumns / static_cast<int>(kTruncationGroup);
+  extern __shared__ __align__(128) char stages[];
+  __shared__ typename ListReader<kThreads>::Shared list_shared;
+  __shared__ int sites[kRows];
+  __shared__ int64_t entries[kRows];
+  __shared__ int active_total;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int channels = static_cast<int>(p.out.acc.c);
+  if (tid == 0) active_total = 0;
+  wait_for_inputs();
+  const ListReader<kThreads> reader(p.list, list_shared);
+  if (blockIdx.x == 0 && tid == 0)
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.out.counts),
+              static_cast<unsigned long long>(reader.size()));
+
+  const int blocks = static_cast<int>(gridDim.x), clusters = blocks / p.cluster;
+  const int rank = static_cast<int>(blockIdx.x) % p.cluster;
+  const int column_tiles = (channels + kColumns - 1) / kColumns;
+  const int tiles = (reader.size() + kRows - 1) / kRows * column_tiles;
+  const int steps = p.packed_depth / Traits::kDepth;
+  // Split where the time, in steps of the slowest block, is shorter; 6 stands for the exchange.
+  const bool split = p.cluster > 1 && (tiles + clusters - 1) / clusters * (steps / p.cluster + 6) <
+                                          (tiles + blocks - 1) / blocks * steps;
+  const int parts = p.cluster, stride = split ? clusters : blocks;
+  const int first_step = split ? steps * rank / parts : 0;
+  const int last_step = split ? steps * (rank + 1) / parts : steps;
+  float* results = reinterpret_cast<float*>(stages);
+  const auto stages_address = static_cast<uint32_t>(__cvta_generic_to_shared(stages));
+  int found = 0;
+
+  for (int tile = split ? static_cast<int>(blockIdx.x) / parts : static_cast<int>(blockIdx.x);
+       tile < tiles; tile += stride) {
+    const int first_row = tile / column_tiles * kRows, first_column = tile % column_tiles * kColumns;
+    for (int r = tid; r < kRows; r += kThreads) {
+      const bool valid = first_row + r < reader.size();
+      entries[r] = valid ? reader.entry(first_row + r) : 0;
+      sites[r] = valid ? static_cast<int>(static_cast<uint32_t>(p.list.entries[entries[r]]) &
+                                          ~kActiveBit)
+                       : -1;
+    }
+    __syncthreads();
+
+    GemmLoader<Traits> loader(p, sites, first_column, first_step, stages_address);
+    GemmWarp<Traits> total, warp;
+    total.clear();
+    warp.clear();
+#pragma unroll
+    for (int s = 0; s < Traits::kStages - 1; ++s) {
+      if (first_step + s < last_step) loader.load(s);
+      commit_copies();
+    }
+    int part_end = split ? last_step : steps / parts, part = 1;
+    for (int step = first_step; step < last_step; ++step) {
+      wait_for_copies<Traits::kStages - 2>();
+      __syncthreads();
+      const int ahead = step - first_step + Traits::kStages - 1;
+      if (first_step + ahead < last_step) loader.load(ahead % Traits::kStages);
+      commit_copies();
+      const uint32_t stage =
+          stages_address + (step - first_step) % Traits::kStages * Traits::kStageBytes;
+      warp.multiply(stage, stage + kRows * kRowBytes);
+      if constexpr (Traits::kParts) {
+        if (step + 1 == part_end) {
+          total.add(warp);
+          warp.clear();
+          part_end = steps * ++part / parts;
+        }
+      }
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+    if constexpr (Traits::kParts)
+      total.store(results);
+    else
+      warp.store(results);
+    if (split)
+      cluster_sync();
+    else
+      __syncthreads();
+
+    // Eight threads a truncation group of a site; the blocks of a split tile take a part each.
+    const int own_rows = split ? kRows / parts : kRows, row0 = split ? rank * own_rows : 0;
+    const int lane = tid % kGroupLanes;
+    for (int unit = tid / kGroupLanes; unit < own_rows * kGroups; unit += kThreads / kGroupLanes) {
+      const int r = row0 + unit / kGroups;
+      const int c = unit % kGroups * static_cast<int>(kTruncationGroup) + lane * kVector;
+      const int site = sites[r], count = site < 0 ? 0 : min(kVector, channels - first_column - c);
+      const int at = r * Traits::kPitch + c;
+      float y[kVector];
+      *reinterpret_cast<float4*>(y) = *reinterpret_cast<const float4*>(results + at);
+      *reinterpret_cast<float4*>(y + 4) = *reinterpret_cast<const float4*>(results + at + 4);
+      if (split) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) y[i] = 0.f;
+        for (int from = 0; from < parts; ++from) {
+          const uint32_t address = stages_address + at * 4;
+          const float4 low = load_from_block(address, from);
+          const float4 high = load_from_block(address + 16, from);
+          y[0] += low.x, y[1] += low.y, y[2] += low.z, y[3] += low.w;
+          y[4] += high.x, y[5] += high.y, y[6] += high.z, y[7] += high.w;
+        }
+      }
+      const bool written = finish_group<T>(p, site, first_column + c, count, y);
+      if (!written || lane != 0) continue;
+      p.out.mask.data[site] = 1;
+      // A site of several groups counts once: whoever marks its entry first counts it.
+      if (channels <= kTruncationGroup ||
+          !(atomicOr(reinterpret_cast<unsigned*>(p.list.entries) + entries[r], kActiveBit) &
+            kActiveBit))
+        ++found;
+    }
+    if (split)
+      cluster_sync();
+    else
+      __syncthreads();
+  }
+
+  if (found > 0) atomicAdd(&active_total, found);
+  __syncthreads();
+  if (tid == 0 && active_total > 0)
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.out.counts + 1),
+              static_cast<unsigned long long>(active_total));
+}
+
+template <class Traits>
+cudaError_t launch_gemm(GemmParams p, cudaStream_t stream) {
+  if (!Traits::kParts || current_device().capability < 90) p.cluster = 1;
+  const int64_t row_tiles = (p.out.acc.sites() + Traits::kRows - 1) / Traits::kRows;
+  const int64_t tiles = row_tiles * ((p.out.acc.c + Traits::kColumns - 1) / Traits::kColumns);
+  const int64_t most =
+      int64_t{Traits::kBlocksPerMultiprocessor} * current_device().multiprocessors;
+  int64_t blocks = tiles * p.cluster < most ? tiles * p.cluster : most;
+  blocks -= blocks % p.cluster;
+  return launch(conv_gemm_kernel<Traits>,
+                {static_cast<int>(blocks), Traits::kThreads, Traits::kSharedBytes, p.cluster},
+                stream, p);
+}
+
+// Large tiles pay once a twentieth of the sites fills the device with them; chunks where a vector of
+// channels is within a tap.
+template <class Math>
+cudaError_t launch_conv_gemm(const GemmParams& p, cudaStream_t stream) {
+  using Chunks = GemmTraits<Math, Gather::chunks, false>;
+  const bool chunks = p.pre_scale == nullptr && p.x.c % Chunks::kChunkElements == 0 &&
+                      p.x.ld % Chunks::kChunkElements == 0 &&
+                      reinterpret_cast<uintptr_t>(p.x.data) % kChunkBytes == 0;
+  if (!chunks) return launch_gemm<GemmTraits<Math, Gather::elements, false>>(p, stream);
+  if constexpr (!Math::kExact) {
+    const int64_t tiles = p.out.acc.sites() / 128 * (p.out.acc.c / 128);
+    if (p.out.acc.c % 128 == 0 && tiles >= 20 * current_device().multiprocessors)
+      return launch_gemm<GemmTraits<Math, Gather::chunks, true>>(p, stream);
+  }
+  return launch_gemm<Chunks>(p, stream);
+}
+
+}  // namespace deltafx::cuda
