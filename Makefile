@@ -9,7 +9,7 @@ CXX_FILES := $(filter %.cpp %.h %.inl %.cu %.cuh,$(CSRC))
 DEMO := .demo
 TYPED := .cache/typed
 
-.PHONY: demo test test-all lint bench clean venv build
+.PHONY: demo test test-all lint format bench clean venv build
 
 demo: build
 	@mkdir -p $(DEMO)
@@ -31,6 +31,11 @@ lint: venv
 	MYPYPATH=$(TYPED) $(BIN)/python -m mypy --package deltafx
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 
+format: venv
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
 bench: build $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
@@ -39,20 +44,24 @@ clean:
 	rm -f deltafx/_C*.so
 
 venv: $(VENV)/.packages
-build: $(VENV)/.built
+build: $(VENV)/.built $(VENV)/.installed
 
 $(VENV)/.packages: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 
-# The editable install compiles the operators; later changes to csrc go through ninja alone.
-$(VENV)/.installed: $(VENV)/.packages pyproject.toml
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+# Minutes the first time; later only what a change to csrc touches.
+$(VENV)/.built: $(VENV)/.packages setup.py $(CSRC)
+	@mkdir -p build
+	@echo "building the operators (log: build/operators.log)"
+	@$(BIN)/python setup.py --quiet build_ext --inplace > build/operators.log 2>&1 \
+	    || { cat build/operators.log; exit 1; }
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+# The editable install finds the object files of the step before and compiles nothing anew.
+$(VENV)/.installed: $(VENV)/.packages pyproject.toml | $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.packages requirements-bench.txt

@@ -94,7 +94,8 @@ def make_extension(toolkit: Path | None):
 
     headers = [str(path) for suffix in HEADERS for path in CSRC.rglob(f"*{suffix}")]
     common = ["-O3", "-std=c++17", "-g0"]
-    host = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    # at::parallel_for is a plain loop in code compiled without OpenMP.
+    host = [*common, "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     files, kind, macros = sources(".cpp"), CppExtension, []
     flags = {"cxx": host}
     if toolkit is not None:
@@ -108,6 +109,7 @@ def make_extension(toolkit: Path | None):
         include_dirs=[str(CSRC)],
         define_macros=macros,
         extra_compile_args=flags,
+        extra_link_args=["-fopenmp"],
         depends=headers,
         py_limited_api=True,
     )
@@ -127,9 +129,16 @@ def extension_arguments() -> dict:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCH)
     from torch.utils.cpp_extension import BuildExtension
 
+    class BuildOperators(BuildExtension):
+        """Keeps its object files in one place, so that pip's builds are incremental as well."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.build_temp = str(ROOT / "build" / "operators")
+
     return {
         "ext_modules": [make_extension(toolkit)],
-        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)},
+        "cmdclass": {"build_ext": BuildOperators},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

@@ -8,6 +8,7 @@ traceback.
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -92,6 +93,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a model over a video and tell what was saved. Ctrl-C ends it early, with the table."""
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
     chosen_device = parse_device(device)
     outputs = [path for path in (output, picture, report) if path is not None]
     check_folders(outputs)
@@ -120,6 +122,7 @@ def run(
             dtype=dtype.value,
             threads=torch.get_num_threads(),
             state_bytes=comparison.compiled.state_bytes(),
+            load=load,
         )
         writer = stack.enter_context(VideoWriter(output, fps=reader.fps)) if output else None
         stream = itertools.islice(itertools.chain(head, reader), frames)

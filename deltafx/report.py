@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -18,6 +19,7 @@ from rich.table import Table
 
 _TINT = np.array([255.0, 64.0, 0.0])
 _TINT_STRENGTH = 0.55
+BUSY_LOAD = 0.75
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class FrameRecord:
 class Report:
     """The record of a run; `frames` is filled while it goes on.
 
-    The first frame fills the state and computes everything, so it is told apart: every mean is over
-    the frames after it (over the first alone if there is no other).
+    The first frame fills the state and computes everything, so it is told apart: every figure is of
+    the frames after it (of the first alone if there is no other). Times are told as mean and
+    median; the speedup is that of the medians, which a busy machine disturbs least.
 
     Attributes:
         model: The name of the model.
@@ -54,6 +57,7 @@ class Report:
         dtype: Of weights and frames.
         threads: CPU threads that PyTorch used.
         state_bytes: Memory of the accumulators and masks.
+        load: Processes that wanted a CPU, per CPU, in the minute before the run.
         frames: One record a frame.
     """
 
@@ -64,24 +68,26 @@ class Report:
     dtype: str
     threads: int
     state_bytes: int
+    load: float = 0.0
     frames: list[FrameRecord] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Return the numbers of the table; None where nothing was measured."""
         steady = self.frames[1:] or self.frames
-        ours = _mean([frame.ours_ms for frame in steady])
-        dense = _mean([frame.dense_ms for frame in steady])
+        ours = _known([frame.ours_ms for frame in steady])
+        dense = _known([frame.dense_ms for frame in steady])
+        errors = _known([frame.error for frame in steady])
         return {
             "frames": len(self.frames),
             "first_frame_ms": self.frames[0].ours_ms if self.frames else None,
-            "ours_ms": ours,
-            "ours_ms_median": median([f.ours_ms for f in steady]) if steady else None,
-            "dense_ms": dense,
-            "dense_ms_median": median([f.dense_ms or 0.0 for f in steady]) if dense else None,
-            "speedup": dense / ours if dense and ours else None,
-            "flop_fraction": _mean([frame.flop_fraction for frame in steady]),
-            "density": _mean([frame.density for frame in steady]),
-            "error": _mean([frame.error for frame in steady]),
+            "ours_ms_mean": fmean(ours) if ours else None,
+            "ours_ms_median": median(ours) if ours else None,
+            "dense_ms_mean": fmean(dense) if dense else None,
+            "dense_ms_median": median(dense) if dense else None,
+            "speedup": median(dense) / median(ours) if dense and ours else None,
+            "flop_fraction": fmean([f.flop_fraction for f in steady]) if steady else None,
+            "density": fmean([f.density for f in steady]) if steady else None,
+            "error": fmean(errors) if errors else None,
             "error_last": self.frames[-1].error if self.frames else None,
             "state_bytes": self.state_bytes,
         }
@@ -90,20 +96,22 @@ class Report:
         """Return the table that ends a run."""
         numbers = self.summary()
         height, width = self.size
+        busy = f"; the machine was busy (load {self.load:.1f} per CPU), do not trust the times"
         table = Table(
             title=f"{self.model} on {self.source}",
             caption=f"{width}x{height}, {self.dtype}, {self.device}, {self.threads} threads; "
-            "means over the frames after the first; without decoding and preprocessing",
+            "frames after the first; without decoding and preprocessing"
+            + (busy if self.load > BUSY_LOAD else ""),
         )
         table.add_column("")
         table.add_column("deltafx", justify="right")
         table.add_column("dense", justify="right")
         table.add_row("frames", str(numbers["frames"]), "")
         table.add_row("ms, first frame", _show(numbers["first_frame_ms"], ".1f"), "")
-        table.add_row(
-            "ms per frame", _show(numbers["ours_ms"], ".2f"), _show(numbers["dense_ms"], ".2f")
-        )
-        table.add_row("speedup", _show(numbers["speedup"], ".2f", "x"), "")
+        for kind in ("median", "mean"):
+            ours, dense = numbers[f"ours_ms_{kind}"], numbers[f"dense_ms_{kind}"]
+            table.add_row(f"ms per frame, {kind}", _show(ours, ".2f"), _show(dense, ".2f"))
+        table.add_row("speedup of the median", _show(numbers["speedup"], ".2f", "x"), "")
         table.add_row("FLOP fraction", _show(numbers["flop_fraction"], ".3f"), "1")
         table.add_row("density", _show(numbers["density"], ".3f"), "1")
         table.add_row("relative error, mean", _show(numbers["error"], ".4f"), "")
@@ -150,9 +158,8 @@ def save_png(path: str | Path, picture: np.ndarray) -> None:
     Image.fromarray(picture).save(path, format="PNG", optimize=True)
 
 
-def _mean(values: list[float] | list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _show(value: float | None, digits: str, unit: str = "") -> str:

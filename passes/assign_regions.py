@@ -64,7 +64,8 @@ def maps_of(node: fx.Node) -> list[fx.Node]:
 
 def _insert_encodes(gm: fx.GraphModule, context: Context) -> None:
     encodes: dict[fx.Node, fx.Node] = {}
-    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    # Constants may stand before the inputs.
+    first = [n for n in gm.graph.nodes if n.op == "placeholder"][-1].next
     for node in list(gm.graph.nodes):
         if not _is_delta(node):
             continue

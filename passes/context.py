@@ -65,8 +65,18 @@ def replace(gm: fx.GraphModule, node: fx.Node, call: Call) -> fx.Node:
     node.replace_all_uses_with(new)
     name = node.name
     gm.graph.erase_node(node)
-    new._rename(name)
+    rename(new, name)
     return new
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Renames a node, also to the name of an erased one, which fx keeps reserved.
+
+    Users address nodes by name, so `layer1_0_conv2` must not become `layer1_0_conv3`.
+    """
+    if all(other.name != name for other in node.graph.nodes):
+        node.graph._graph_namespace._used_names.discard(name)
+    node._rename(name)
 
 
 def only_user(node: Any) -> fx.Node | None:
@@ -98,5 +108,6 @@ __all__ = [
     "identifier",
     "insert_call",
     "only_user",
+    "rename",
     "replace",
 ]

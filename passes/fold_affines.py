@@ -17,7 +17,7 @@ from deltafx.ops.affine import affine
 from deltafx.ops.base import Call, constant, value
 from deltafx.ops.conv2d import conv2d
 from deltafx.ops.conv_transpose2d import conv_transpose2d
-from deltafx.passes.context import Context, clean, insert_call, only_user
+from deltafx.passes.context import Context, clean, insert_call, only_user, rename
 
 
 def fold_affines(gm: fx.GraphModule, context: Context) -> int:
@@ -43,7 +43,7 @@ def fold_affines(gm: fx.GraphModule, context: Context) -> int:
         name = producer.name
         gm.graph.erase_node(node)
         gm.graph.erase_node(producer)
-        new._rename(name)
+        rename(new, name)
         count += 1
     clean(gm)
     return count

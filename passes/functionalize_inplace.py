@@ -94,10 +94,15 @@ def _protect(gm: fx.GraphModule, root: fx.Node, family: list[fx.Node]) -> None:
     if not root.meta.get("protected"):
         root.meta["protected"] = True
         with gm.graph.inserting_after(root):
-            copy = gm.graph.call_function(torch.ops.aten.clone.default, (root,))
+            # An accumulator is channels_last; views of the copy may need the model's own strides.
+            plain = root.meta["val"].is_contiguous()
+            layout = torch.contiguous_format if plain else torch.preserve_format
+            copy = gm.graph.call_function(
+                torch.ops.aten.clone.default, (root,), {"memory_format": layout}
+            )
         copy.meta["val"] = root.meta["val"]
         root.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
-        copy.meta["mutated"] = True
+        copy.meta |= {"mutated": True, "protected": True}
     for member in family:
         if member is not root:
             member.meta["mutated"] = True

@@ -20,12 +20,12 @@ from torch import Tensor, fx
 
 from deltafx.ops.activation import match_activation
 from deltafx.ops.affine import affine
-from deltafx.ops.base import Call, arguments, constant, is_map, per_channel, value
+from deltafx.ops.base import Call, arguments, constant, has_kernels, is_map, per_channel, value
 from deltafx.ops.binary import binary
 from deltafx.ops.conv2d import conv2d
 from deltafx.ops.global_pool2d import global_pool2d
 from deltafx.ops.layer_norm import layer_norm
-from deltafx.passes.context import Context, insert_call
+from deltafx.passes.context import Context, clean, insert_call, rename
 
 aten = torch.ops.aten
 _TO_NHWC, _TO_NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -56,16 +56,18 @@ def lift_layouts(gm: fx.GraphModule, context: Context) -> int:
                 lifted[node] = form
             continue
         found = _computation(node, lifted)
-        if found is None:
+        if found is None or not has_kernels(value(node)):
             continue
         call, form_name = found
         name = node.name
         node._rename(f"{name}_{form_name}")
-        new = insert_call(gm, call, node, _evaluate(call), name)
+        new = insert_call(gm, call, node, _evaluate(call))
+        rename(new, name)
         shown = _show(gm, new, form_name, node)
         node.replace_all_uses_with(shown)
         lifted[shown] = Lifted(new, form_name)
         count += 1
+    clean(gm)
     return count
 
 
@@ -111,7 +113,7 @@ def _view_of(node: fx.Node, lifted: dict[fx.Node, Lifted]) -> Lifted | None:
             return Lifted(lifted[x].map, "map")
         return None
     reshapes = {
-        aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims,
+        aten.flatten.using_ints, aten.reshape.default, aten.squeeze.dims,
         aten.squeeze.dim, aten.squeeze.default, aten.unsqueeze.default,
     }  # fmt: skip
     if node.target not in reshapes or not isinstance(node.meta["val"], Tensor):

@@ -3,7 +3,7 @@
 Enters: the planned graph. Leaves: a new graph over the attributes of a state and constants.
 
     conv2d(x=a, weight=w, act="relu")
-    deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, n_weight, ..., inv_scale_n, threshold_n)
+    deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, const_n_weight, ..., inv_scale_n, threshold_n)
 
 The masks are cleared first. Dense calls read accumulators as ordinary tensors. What leaves the
 graph is copied where it is, or may show, an accumulator: the next frame must not change it.
@@ -45,6 +45,7 @@ class _Lowering:
         self.dense: dict[fx.Node, fx.Node] = {}
         self.shows_state: set[fx.Node] = set()
         self._attributes: dict[str, fx.Node] = {}
+        self._kept: dict[tuple[fx.Node, str], str] = {}
 
     def attribute(self, name: str) -> fx.Node:
         """The node that reads an attribute of the emitted module."""
@@ -52,10 +53,18 @@ class _Lowering:
             self._attributes[name] = self.graph.get_attr(name)
         return self._attributes[name]
 
-    def keep(self, name: str, tensor: Tensor) -> fx.Node:
-        """Makes a tensor an attribute."""
-        self.constants[name] = tensor
-        return self.attribute(name)
+    def keep(self, owner: fx.Node, argument: str, tensor: Tensor) -> fx.Node:
+        """Makes an argument of a node an attribute.
+
+        The name cannot be one of the state's, nor another node's: nodes are named by the user.
+        """
+        if (owner, argument) not in self._kept:
+            name = base = f"const_{owner.name}_{argument}"
+            while name in self.constants:
+                name = f"{base}_{len(self.constants)}"
+            self.constants[name] = tensor
+            self._kept[owner, argument] = name
+        return self.attribute(self._kept[owner, argument])
 
     def place(self, node: fx.Node) -> fx.Node:
         """The node that reads a delta node's feature map."""
@@ -68,13 +77,14 @@ class _Lowering:
         if node.op == "get_attr":
             found = constant(node)
             assert found is not None
-            return self.keep(f"constant_{node.name}", found)
+            return self.keep(node, "value", found)
         return self.dense[node]
 
 
 def lower_ops(gm: fx.GraphModule, context: Context) -> tuple[fx.Graph, dict[str, Tensor]]:
     """Lowers; returns the new graph and its constants by attribute name."""
     lowering = _Lowering(context.plan, context.config.policy)
+    count = 0
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             lowering.dense[node] = lowering.graph.placeholder(node.name)
@@ -88,9 +98,10 @@ def lower_ops(gm: fx.GraphModule, context: Context) -> tuple[fx.Graph, dict[str,
             _lower_output(lowering, node)
         elif op is not None and node.meta.get("delta"):
             _lower_delta(lowering, node, op)
-            context.counts["lower_ops"] = context.counts.get("lower_ops", 0) + 1
+            count += 1
         else:
             _lower_dense(lowering, node)
+    context.counts["lower_ops"] = count
     lowering.graph.lint()
     return lowering.graph, lowering.constants
 
@@ -135,7 +146,7 @@ def _given(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> dict[str, Any]:
             given[name] = lowering.read(arg)
         elif isinstance(arg, Tensor):
             tensor = arg.float() if arg.dtype == torch.float64 else arg
-            given[name] = lowering.keep(f"{node.name}_{name}", tensor.contiguous())
+            given[name] = lowering.keep(node, name, tensor.contiguous())
         else:
             given[name] = list(arg) if isinstance(arg, tuple) else arg
     return given
@@ -166,10 +177,15 @@ def _absent(argument: Any) -> Any:
 def _lower_dense(lowering: _Lowering, node: fx.Node) -> None:
     new = lowering.graph.node_copy(node, lowering.read)
     lowering.dense[node] = new
-    sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
-    shows = any(n.meta.get("delta") or n in lowering.shows_state for n in sources)
+    shows = any(_is_shared(lowering, n) for n in node.all_input_nodes)
     if shows and _may_alias(node):
         lowering.shows_state.add(node)
+
+
+def _is_shared(lowering: _Lowering, node: fx.Node) -> bool:
+    """Whether a node's memory is not its own: the state's, the caller's, a weight's, or a view."""
+    mine = node.op == "call_function" and not node.meta.get("delta")
+    return not mine or node in lowering.shows_state
 
 
 def _may_alias(node: fx.Node) -> bool:
@@ -183,8 +199,7 @@ def _may_alias(node: fx.Node) -> bool:
 def _lower_output(lowering: _Lowering, node: fx.Node) -> None:
     def leave(source: Any) -> Any:
         read = lowering.read(source)
-        exposed = source.meta.get("delta") or source in lowering.shows_state
-        if not exposed and source.op != "placeholder" and source.op != "get_attr":
+        if not _is_shared(lowering, source):
             return read
         return lowering.graph.call_function(aten.clone.default, (read,))
 

@@ -1,6 +1,6 @@
 """match_shuffles: a channel shuffle becomes one gather of channels.
 
-    view(x, [N, g, C/g, H, W]) -> transpose(1, 2) -> reshape([N, C, H, W])
+    reshape(x, [N, g, C/g, H, W]) -> transpose(1, 2) -> reshape([N, C, H, W])
     gather_channels(x=x, index=[...])
 """
 
@@ -9,19 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from deltafx.ops.base import Call, is_map, value
+from deltafx.ops.base import Call, has_kernels, is_map, value
 from deltafx.ops.gather_channels import gather_channels
 from deltafx.passes.context import Context, only_user, replace
 
 aten = torch.ops.aten
-_RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+_RESHAPES = (aten.reshape.default, aten.flatten.using_ints)
 
 
 def match_shuffles(gm: fx.GraphModule, context: Context) -> int:
     """Rewrites the shuffles; returns how many."""
     count = 0
     for node in list(gm.graph.nodes):
-        if node.target not in _RESHAPES or not is_map(node):
+        if node.target not in _RESHAPES or not is_map(node) or not has_kernels(value(node)):
             continue
         x, index = _shuffle(node)
         if x is None or node.meta.get("mutated") or x.meta.get("mutated"):

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
 
-from deltafx.passes.context import identifier
+from deltafx.passes.context import identifier, rename
 from deltafx.passes.functionalize_inplace import functionalize_inplace
 from deltafx.passes.trace_model import TracedModel
 
@@ -76,6 +76,7 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     functionalize_inplace(gm)
     drop_identities(gm)
     split_into_slices(gm)
+    _reshape_views(gm)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
@@ -116,6 +117,14 @@ def _with_weights(
     return fx.GraphModule(root, graph, "Normalized")
 
 
+def _reshape_views(gm: fx.GraphModule) -> None:
+    """A view becomes a reshape, for accumulators are channels_last whatever the model's maps are."""
+    for node in gm.graph.nodes:
+        if node.target in (aten.view.default, aten.view_copy.default, aten._unsafe_view.default):
+            if not node.meta.get("mutated"):
+                node.target = aten.reshape.default
+
+
 def _drop_modes(gm: fx.GraphModule) -> None:
     """Grad modes and assertions of the model play no part in inference."""
     for node in list(gm.graph.nodes):
@@ -127,6 +136,7 @@ def _drop_modes(gm: fx.GraphModule) -> None:
 
 def _name_nodes(gm: fx.GraphModule) -> None:
     """Names each node after the module that made it: `layer1_0_conv2`, `layer1_0_add`."""
+    names: dict[fx.Node, str] = {}
     taken: set[str] = {n.name for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target is operator.getitem:
@@ -141,7 +151,11 @@ def _name_nodes(gm: fx.GraphModule) -> None:
         while name in taken:
             name, i = f"{base}_{i}", i + 1
         taken.add(name)
-        node._rename(name)
+        names[node] = name
+    for i, node in enumerate(names):
+        node._rename(f"unnamed_{i}")
+    for node, name in names.items():
+        rename(node, name)
 
 
 def drop_identities(gm: fx.GraphModule) -> int:

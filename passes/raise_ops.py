@@ -6,15 +6,11 @@ dense function with keyword arguments; for the others an entry in `context.refus
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, fx
 
 from deltafx.ops import RAISE, delta_op, is_view
-from deltafx.ops.base import Refusal
+from deltafx.ops.base import Refusal, has_kernels
 from deltafx.passes.context import Context, clean, replace
-
-SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def raise_ops(gm: fx.GraphModule, context: Context) -> int:
     """Applies the rules; returns the number of raised calls."""
@@ -45,8 +41,6 @@ def _blocked(node: fx.Node) -> str:
     if any(n.meta.get("mutated") for n in family):
         return "the model writes into its memory"
     val = node.meta.get("val")
-    if isinstance(val, Tensor):
-        supported = SUPPORTED if val.device.type != "cpu" else SUPPORTED[:2]
-        if val.dtype not in supported:
-            return f"{val.dtype} is not a dtype of the delta ops on {val.device.type}"
+    if isinstance(val, Tensor) and not has_kernels(val):
+        return f"{val.dtype} is not a dtype of the delta ops on {val.device.type}"
     return ""

@@ -13,22 +13,28 @@ constexpr int kDepthwiseSites = 4;
 // y[r * kTruncationGroup + ...] for R sites `step` elements apart, V vectors of channels. x and
 // weights point at the first channel.
 template <class T, int R, int V>
-DELTAFX_INLINE void depthwise_tile(const T* x, int64_t step, const DepthwiseTaps& taps,
-                                   const float* weights, int64_t channels, float* y) {
+__attribute__((noinline)) void depthwise_tile(const T* x, int64_t step, const DepthwiseTaps& taps,
+                                              const float* weights, int64_t channels, float* y) {
   Vec acc[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
-  for (int64_t t = 0; t < taps.count; ++t) {
-    const T* src = x + taps.offset[t];
-    const float* w = weights + taps.index[t] * channels;
+  const int64_t* offset = taps.offset;
+  const int32_t* index = taps.index;
+  for (const int64_t* end = offset + taps.count; offset != end; ++offset, ++index) {
+    const T* src = x + *offset;
+    const float* w = weights + *index * channels;
+    Vec weight[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const Vec weight = load(w + v * kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][v] += load(src + r * step + v * kLanes) * weight;
+      weight[v] = load(w + v * kLanes);
+      DELTAFX_PIN(weight[v]);
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r, src += step)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] += load(src + v * kLanes) * weight[v];
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -52,10 +58,12 @@ inline void depthwise_rest(const T* x, int64_t step, int rows, const DepthwiseTa
 template <class T, int R>
 inline void depthwise_rows(const T* x, int64_t step, const DepthwiseTaps& taps,
                            const float* weights, int64_t channels, int64_t count, float* y) {
-  constexpr int V = kLanes == 16 ? 4 : 2;
   int64_t c = 0;
-  for (; c + V * kLanes <= count; c += V * kLanes)
-    depthwise_tile<T, R, V>(x + c, step, taps, weights + c, channels, y + c);
+  if constexpr (kLanes == 16)  // 32 registers
+    for (; c + 4 * kLanes <= count; c += 4 * kLanes)
+      depthwise_tile<T, R, 4>(x + c, step, taps, weights + c, channels, y + c);
+  for (; c + 2 * kLanes <= count; c += 2 * kLanes)
+    depthwise_tile<T, R, 2>(x + c, step, taps, weights + c, channels, y + c);
   for (; c + kLanes <= count; c += kLanes)
     depthwise_tile<T, R, 1>(x + c, step, taps, weights + c, channels, y + c);
   if (c < count)
@@ -142,7 +150,6 @@ class Depthwise {
     for (int64_t first = 0; first < channels; first += kTruncationGroup) {
       const int64_t left = channels - first;
       const int64_t count = left < kTruncationGroup ? left : kTruncationGroup;
-      for (int r = 0; r < rows; ++r) finish_.prefetch(work_.sites[i + r], first, count);
       const T* x = base + first;
       const float* w = weights_ + first;
       if (p_.pre_scale != nullptr)
@@ -155,9 +162,7 @@ class Depthwise {
         depthwise_rows<T, 2>(x, step, taps, w, channels, count, y);
       else
         depthwise_rows<T, 1>(x, step, taps, w, channels, count, y);
-      for (int r = 0; r < rows; ++r)
-        if (finish_.group(y + r * kTruncationGroup, work_.sites[i + r], first, count))
-          work_.active[i + r] = 1;
+      finish_.rows(y, kTruncationGroup, work_.sites + i, rows, first, count, work_.active + i);
     }
   }
 

@@ -43,7 +43,7 @@ struct Finish {
     return static_cast<const T*>(p.residual.data) + site * p.residual.ld + first;
   }
 
-  // Starts fetching what group() will compare with.
+  // Starts fetching what rows() will compare with.
   DELTAFX_INLINE void prefetch(int64_t site, int64_t first, int64_t c) const {
     const char* acc = reinterpret_cast<const char*>(acc_at(site, first));
     const int64_t bytes = c * static_cast<int64_t>(sizeof(T));
@@ -53,17 +53,36 @@ struct Finish {
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(residual + b, 0);
   }
 
-  // Channels [first, first + c) of a site, one truncation group, from the sums in y (which may be
-  // overwritten, and has whole vectors of room). True if written.
-  bool group(float* y, int64_t site, int64_t first, int64_t c) const {
+  // Channels [first, first + c), one truncation group, of `count` sites, from the sums in y, whose
+  // rows are ldy apart, may be overwritten and have whole vectors of room. Sets active[i] where
+  // sites[i] was written. Several threads may share a site's channels: they can only set the flag.
+  void rows(float* y, int64_t ldy, const int32_t* sites, int64_t count, int64_t first, int64_t c,
+            uint8_t* active) const {
     if (clamp.is && c % kLanes == 0) {
-      if (c == kTruncationGroup) return clamped<kTruncationGroup / kLanes>(y, site, first);
+      if (c == kTruncationGroup)
+        return clamped_rows<kTruncationGroup / kLanes>(y, ldy, sites, count, first, active);
       if constexpr (kLanes == 16) {
-        if (c == 16) return clamped<1>(y, site, first);
-        if (c == 32) return clamped<2>(y, site, first);
-        return clamped<3>(y, site, first);
+        if (c == 16) return clamped_rows<1>(y, ldy, sites, count, first, active);
+        if (c == 32) return clamped_rows<2>(y, ldy, sites, count, first, active);
+        return clamped_rows<3>(y, ldy, sites, count, first, active);
       }
     }
+    for (int64_t i = 0; i < count; ++i)
+      if (any_row(y + i * ldy, sites[i], first, c)) set(active + i);
+  }
+
+ private:
+  static DELTAFX_INLINE void set(uint8_t* flag) {
+    __atomic_store_n(flag, uint8_t{1}, __ATOMIC_RELAXED);
+  }
+
+  template <class S>
+  static DELTAFX_INLINE Vec lanes_at(const S* q, int64_t i, int64_t c) {
+    return i + kLanes <= c ? load(q + i) : load_some(q + i, c - i);
+  }
+
+  // One site, any activation and channel count.
+  bool any_row(float* y, int64_t site, int64_t first, int64_t c) const {
     T* acc = acc_at(site, first);
     if (p.bias != nullptr) {
       const float* bias = p.bias + first;
@@ -77,37 +96,40 @@ struct Finish {
     return update_group(p.out, p.residual_after_act ? none : p.act, y, acc, first, c);
   }
 
- private:
-  template <class S>
-  static DELTAFX_INLINE Vec lanes_at(const S* q, int64_t i, int64_t c) {
-    return i + kLanes <= c ? load(q + i) : load_some(q + i, c - i);
-  }
-
-  DELTAFX_INLINE Vec clamped_value(Vec v) const {
-    return min_of(splat(clamp.hi), max_of(splat(clamp.lo), v));
-  }
-
-  // group() for V whole vectors and an activation that is a clamp.
+  // V whole vectors and an activation that is a clamp: all in registers.
   template <int V>
-  bool clamped(const float* y, int64_t site, int64_t first) const {
-    T* acc = acc_at(site, first);
-    Vec v[V];
-    const T* residual = p.residual.data == nullptr ? nullptr : residual_at(site, first);
-    const bool before = residual != nullptr && !p.residual_after_act;
-    const bool after = residual != nullptr && p.residual_after_act;
+  __attribute__((noinline)) void clamped_rows(const float* y, int64_t ldy, const int32_t* sites,
+                                              int64_t count, int64_t first,
+                                              uint8_t* active) const {
+    const Vec lo = splat(clamp.lo), hi = splat(clamp.hi);
+    const bool before = p.residual.data != nullptr && !p.residual_after_act;
+    const bool after = p.residual.data != nullptr && p.residual_after_act;
+    Vec bias[V];
 #pragma GCC unroll 16
-    for (int i = 0; i < V; ++i) {
-      v[i] = load(y + i * kLanes);
-      if (p.bias != nullptr) v[i] += load(p.bias + first + i * kLanes);
-      if (before) v[i] += load(residual + i * kLanes);
-      v[i] = clamped_value(v[i]);
-      if (after) v[i] += load(residual + i * kLanes);
-      v[i] = rounded_to(v[i], acc);
+    for (int i = 0; i < V; ++i) bias[i] = p.bias ? load(p.bias + first + i * kLanes) : Vec{};
+    for (int64_t r = 0; r < count; ++r, y += ldy) {
+      T* acc = acc_at(sites[r], first);
+      const T* residual = p.residual.data == nullptr ? nullptr : residual_at(sites[r], first);
+      Vec v[V];
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i) v[i] = load(y + i * kLanes) + bias[i];
+      if (before) add<V>(v, residual);
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i) v[i] = min_of(hi, max_of(lo, v[i]));
+      if (after) add<V>(v, residual);
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i) v[i] = rounded_to(v[i], acc);
+      if (policy != Policy::none && !differs<V>(v, acc, first)) continue;
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i) store(acc + i * kLanes, v[i]);
+      set(active + r);
     }
-    if (policy != Policy::none && !differs<V>(v, acc, first)) return false;
+  }
+
+  template <int V>
+  static DELTAFX_INLINE void add(Vec* v, const T* residual) {
 #pragma GCC unroll 16
-    for (int i = 0; i < V; ++i) store(acc + i * kLanes, v[i]);
-    return true;
+    for (int i = 0; i < V; ++i) v[i] += load(residual + i * kLanes);
   }
 
   // changed() of truncate.inl, on registers and with its order of summation.

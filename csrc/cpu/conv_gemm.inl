@@ -103,15 +103,10 @@ class ConvBlock {
     }
   }
 
-  void finish(int64_t begin, const RowGroup& group, const float* c, int64_t ldc, int64_t first,
-              int64_t count) {
-    for (int r = 0; r < group.rows; ++r) {
-      const int64_t i = begin + group.first + r;
-      float* y = const_cast<float*>(c) + r * ldc;
-      // Several threads may share a site's channels; all of them can only set the flag.
-      if (finish_.group(y, work_.sites[i], first, count))
-        __atomic_store_n(&work_.active[i], uint8_t{1}, __ATOMIC_RELAXED);
-    }
+  void finish(int64_t begin, const RowGroup& group, float* c, int64_t ldc, int64_t first,
+              int64_t count) const {
+    const int64_t i = begin + group.first;
+    finish_.rows(c, ldc, work_.sites + i, group.rows, first, count, work_.active + i);
   }
 
   void prefetch(int64_t begin, const RowGroup& group, int64_t first, int64_t count) const {

@@ -8,19 +8,61 @@ constexpr int64_t kPiece = 64;
 
 // Elements of a piece one by one: C is the number of channels, or 0 where only p knows it.
 template <int C, class S>
-DELTAFX_INLINE void gather_piece(const S* src, const EncodeParams& p, int64_t count, float* piece) {
+DELTAFX_INLINE void gather_piece(const S* src, const EncodeParams& p, int64_t first, int64_t count,
+                                 float* piece) {
   const int64_t c = C > 0 ? C : p.out.acc.c;
-  // Sixteen channels at a time, so that the lines of a wide piece are written once.
-  for (int64_t k0 = 0; k0 < c; k0 += 16) {
-    const int64_t k1 = k0 + 16 < c ? k0 + 16 : c;
-    if (p.stride_w == 1)
-      for (int64_t x = 0; x < count; ++x)
-        for (int64_t k = k0; k < k1; ++k) piece[x * c + k] = to_float(src[k * p.stride_c + x]);
-    else
-      for (int64_t x = 0; x < count; ++x)
-        for (int64_t k = k0; k < k1; ++k)
-          piece[x * c + k] = to_float(src[k * p.stride_c + x * p.stride_w]);
+  if (p.stride_w == 1)
+    for (int64_t x = 0; x < count; ++x)
+      for (int64_t k = first; k < c; ++k) piece[x * c + k] = to_float(src[k * p.stride_c + x]);
+  else
+    for (int64_t x = 0; x < count; ++x)
+      for (int64_t k = first; k < c; ++k)
+        piece[x * c + k] = to_float(src[k * p.stride_c + x * p.stride_w]);
+}
+
+// Swaps the odd runs of Step lanes of each row with the even ones of the row Step below.
+template <int Step>
+DELTAFX_INLINE void transpose_step(Vec* rows) {
+  static constexpr LaneTable low =
+      lane_table([](int i) { return i & Step ? kLanes + i - Step : i; });
+  static constexpr LaneTable high =
+      lane_table([](int i) { return i & Step ? kLanes + i : i + Step; });
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & Step) continue;
+    const Vec a = rows[i], b = rows[i + Step];
+    rows[i] = __builtin_shuffle(a, b, lanes_of(low));
+    rows[i + Step] = __builtin_shuffle(a, b, lanes_of(high));
   }
+}
+
+// rows[i] becomes what column i was.
+DELTAFX_INLINE void transpose(Vec* rows) {
+  transpose_step<1>(rows);
+  transpose_step<2>(rows);
+  if constexpr (kLanes > 4) transpose_step<4>(rows);
+  if constexpr (kLanes > 8) transpose_step<8>(rows);
+}
+
+// A planar piece of many channels, by squares: planes are often a power of two apart, and would
+// push each other's lines out of the cache if each were read a value at a time.
+template <class S>
+inline void transpose_piece(const S* src, const EncodeParams& p, int64_t count, float* piece) {
+  const int64_t c = p.out.acc.c;
+  int64_t x = 0;
+  for (; x + kLanes <= count; x += kLanes) {
+    int64_t k = 0;
+    for (; k + kLanes <= c; k += kLanes) {
+      Vec rows[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) rows[i] = load(src + (k + i) * p.stride_c + x);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(piece + (x + i) * c + k, rows[i]);
+    }
+    gather_piece<0>(src + x, p, k, kLanes, piece + x * c);
+  }
+  gather_piece<0>(src + x, p, 0, count - x, piece + x * c);
 }
 
 // Sites [x0, x0 + count) of row (n, y) of the frame as [count][c] fp32, rounded to T: the frame
@@ -42,11 +84,13 @@ inline const float* frame_piece(const EncodeParams& p, int64_t n, int64_t y, int
         store_lanes(piece + x * c + i, load_lanes(src + x * p.stride_w + i, lanes), lanes);
       });
   } else if (c == 3) {
-    gather_piece<3>(src, p, count, piece);
+    gather_piece<3>(src, p, 0, count, piece);
   } else if (c == 4) {
-    gather_piece<4>(src, p, count, piece);
+    gather_piece<4>(src, p, 0, count, piece);
+  } else if (p.stride_w == 1) {
+    transpose_piece(src, p, count, piece);
   } else {
-    gather_piece<0>(src, p, count, piece);
+    gather_piece<0>(src, p, 0, count, piece);
   }
   if (!exact) round_row(piece, count * c, static_cast<const T*>(nullptr));
   return piece;
@@ -125,10 +169,16 @@ inline void fill_scale(const EncodeParams& p, FewChannels& few) {
   for (int64_t i = 0; i < kPiece * c; ++i) few.scale[i] = p.out.truncation.inv_scale[i % c];
 }
 
+// Writes `count` sites from `site` on and makes them active.
 template <class T>
-DELTAFX_INLINE void write_site(const Output& out, const float* y, int64_t site) {
-  write_row(static_cast<T*>(out.acc.data) + site * out.acc.ld, y, out.acc.c);
-  out.mask.data[site] = 1;
+inline void write_run(const Output& out, const float* y, int64_t site, int64_t count) {
+  const FeatureMap& acc = out.acc;
+  T* dst = static_cast<T*>(acc.data) + site * acc.ld;
+  if (acc.ld == acc.c)
+    write_row(dst, y, count * acc.c);
+  else
+    for (int64_t x = 0; x < count; ++x) write_row(dst + x * acc.ld, y + x * acc.c, acc.c);
+  __builtin_memset(out.mask.data + site, 1, static_cast<size_t>(count));
 }
 
 // Gates each site of a piece of few channels; the number of active ones.
@@ -149,13 +199,11 @@ inline int64_t encode_few(const Output& out, const float* y, int64_t site, int64
       active += few.flag[x];
     }
   }
-  if (active == count && out.acc.ld == c) {
-    write_row(static_cast<T*>(out.acc.data) + site * c, y, count * c);
-    __builtin_memset(out.mask.data + site, 1, static_cast<size_t>(count));
-  } else {
+  if (active == count)
+    write_run<T>(out, y, site, count);
+  else
     for (int64_t x = 0; x < count; ++x)
-      if (!gated || few.flag[x]) write_site<T>(out, y + x * c, site + x);
-  }
+      if (few.flag[x]) write_run<T>(out, y + x * c, site + x, 1);
   return active;
 }
 
@@ -226,8 +274,7 @@ inline int64_t encode_blocks(const EncodeParams& p, int64_t n, int64_t y0, int64
       for (int64_t x = x0; x < x1; x += step) {
         const int64_t count = x + step < x1 ? step : x1 - x;
         const float* frame = frame_piece<S, T>(p, n, y, x, count, piece);
-        for (int64_t i = 0; i < count; ++i)
-          write_site<T>(p.out, frame + i * acc.c, (n * acc.h + y) * acc.w + x + i);
+        write_run<T>(p.out, frame, (n * acc.h + y) * acc.w + x, count);
       }
   }
   return active;

@@ -2,6 +2,7 @@
 //
 // Every element is one chain of fused multiply-adds in the order of k, whatever the tile it falls
 // in: a site's value never depends on the sites computed beside it, so static pictures stay static.
+// Slices of a deep product are summed apart, which also keeps rounding errors from growing with k.
 
 // The tallest tile whose accumulators, panel vectors and one broadcast fit the register file.
 constexpr int kGemmRows = kLanes == 16 ? 14 : 6;
@@ -19,17 +20,10 @@ template <int R, int V>
 __attribute__((noinline)) void gemm_tile(const float* a, int64_t lda, const float* b, int64_t ldb,
                                          int64_t k, float* c, int64_t ldc, bool accumulate) {
   Vec acc[R][V];
-  if (accumulate) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = load(c + r * ldc + v * kLanes);
-  } else {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
-  }
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
   // A base pointer every third row, so that rows are reached as base, base + lda, base + 2 lda.
   constexpr int kBases = (R + 2) / 3;
   const float* base[kBases];
@@ -55,7 +49,10 @@ __attribute__((noinline)) void gemm_tile(const float* a, int64_t lda, const floa
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
+    for (int v = 0; v < V; ++v) {
+      float* at = c + r * ldc + v * kLanes;
+      store(at, accumulate ? load(at) + acc[r][v] : acc[r][v]);
+    }
 }
 
 using GemmTile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t,

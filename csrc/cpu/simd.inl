@@ -14,7 +14,8 @@ struct BF16 {
   uint16_t bits;
 };
 
-DELTAFX_INLINE Vec splat(float v) { return Vec{} + v; }
+// v - 0 is v, also for -0, so no addition is left of this.
+DELTAFX_INLINE Vec splat(float v) { return v - Vec{}; }
 
 DELTAFX_INLINE float to_float(float v) { return v; }
 DELTAFX_INLINE float to_float(BF16 v) {
@@ -111,6 +112,33 @@ DELTAFX_INLINE void store_some<float>(float* p, Vec v, int64_t count) {
 }
 #endif
 
+struct AllLanes {};  // in place of a count of lanes: all of them, known at compile time
+
+template <class T>
+DELTAFX_INLINE Vec load_lanes(const T* p, AllLanes) {
+  return load(p);
+}
+template <class T>
+DELTAFX_INLINE Vec load_lanes(const T* p, int64_t count) {
+  return load_some(p, count);
+}
+template <class T>
+DELTAFX_INLINE void store_lanes(T* p, Vec v, AllLanes) {
+  store(p, v);
+}
+template <class T>
+DELTAFX_INLINE void store_lanes(T* p, Vec v, int64_t count) {
+  store_some(p, v, count);
+}
+
+// f(i, lanes) for each vector of channels [0, c): lanes is AllLanes, or the count of the last few.
+template <class F>
+DELTAFX_INLINE void for_vectors(int64_t c, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= c; i += kLanes) f(i, AllLanes{});
+  if (i < c) f(i, c - i);
+}
+
 // What storing as T and loading again gives.
 DELTAFX_INLINE Vec rounded_to(Vec v, const float*) { return v; }
 DELTAFX_INLINE Vec rounded_to(Vec v, const BF16*) {
@@ -119,38 +147,62 @@ DELTAFX_INLINE Vec rounded_to(Vec v, const BF16*) {
   return load(lanes);
 }
 
-DELTAFX_INLINE Vec select(IntVec mask, Vec a, Vec b) {
-  IntVec x, y;
-  __builtin_memcpy(&x, &a, sizeof a);
-  __builtin_memcpy(&y, &b, sizeof b);
-  const IntVec r = (x & mask) | (y & ~mask);
-  Vec v;
-  __builtin_memcpy(&v, &r, sizeof r);
-  return v;
-}
+DELTAFX_INLINE Vec select(IntVec mask, Vec a, Vec b) { return mask ? a : b; }
 // NaN in either operand of the comparison selects b, so put the value that may be NaN there.
 DELTAFX_INLINE Vec max_of(Vec bound, Vec v) { return select(bound > v, bound, v); }
 DELTAFX_INLINE Vec min_of(Vec bound, Vec v) { return select(bound < v, bound, v); }
-DELTAFX_INLINE Vec abs_of(Vec v) { return select(v < 0.f, -v, v); }
+DELTAFX_INLINE Vec abs_of(Vec v) {
+  IntVec bits;
+  __builtin_memcpy(&bits, &v, sizeof v);
+  bits &= 0x7fffffff;
+  __builtin_memcpy(&v, &bits, sizeof v);
+  return v;
+}
 
-// By halves, which is 4 shuffles and adds where a chain would be 16 adds.
+// Constant lane numbers. They live in memory, because GCC does not fold a vector that is filled lane
+// by lane, and would fill it at run time.
+struct LaneTable {
+  int32_t lane[kLanes];
+};
+template <class F>
+constexpr LaneTable lane_table(F f) {
+  LaneTable table{};
+  for (int i = 0; i < kLanes; ++i) table.lane[i] = f(i);
+  return table;
+}
+DELTAFX_INLINE IntVec lanes_of(const LaneTable& table) {
+  IntVec v;
+  __builtin_memcpy(&v, table.lane, sizeof v);
+  return v;
+}
+
+template <int Half>
+DELTAFX_INLINE Vec swapped_by(Vec v) {
+  static constexpr LaneTable from = lane_table([](int i) { return i ^ Half; });
+  return __builtin_shuffle(v, lanes_of(from));
+}
+
+// By halves, which is log2(kLanes) shuffles and adds where a chain would be kLanes adds.
 DELTAFX_INLINE float sum_of(Vec v) {
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    IntVec from;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) from[i] = i ^ half;
-    v += __builtin_shuffle(v, from);
-  }
+  if constexpr (kLanes > 8) v += swapped_by<8>(v);
+  if constexpr (kLanes > 4) v += swapped_by<4>(v);
+  v += swapped_by<2>(v);
+  v += swapped_by<1>(v);
   return v[0];
 }
 
 DELTAFX_INLINE bool any_lane(IntVec v) {
+#if defined(__x86_64__) && DELTAFX_LANES == 16
+  __m512i bits;
+  __builtin_memcpy(&bits, &v, sizeof v);
+  return _mm512_test_epi32_mask(bits, bits) != 0;
+#else
   uint64_t words[kLanes / 2], any = 0;
   __builtin_memcpy(words, &v, sizeof v);
 #pragma GCC unroll 8
   for (int i = 0; i < kLanes / 2; ++i) any |= words[i];
   return any != 0;
+#endif
 }
 
 // e^x within 2 ulp, by the reduction x = n ln2 + r and a polynomial for e^r (Cephes' expf).

@@ -1,37 +1,9 @@
 // The loop that the ops share which compute each candidate by itself. Included by kernels.inl.
 
-struct AllLanes {};  // in place of a count of lanes: all of them, known at compile time
-
-template <class T>
-DELTAFX_INLINE Vec load_lanes(const T* p, AllLanes) {
-  return load(p);
-}
-template <class T>
-DELTAFX_INLINE Vec load_lanes(const T* p, int64_t count) {
-  return load_some(p, count);
-}
-template <class T>
-DELTAFX_INLINE void store_lanes(T* p, Vec v, AllLanes) {
-  store(p, v);
-}
-template <class T>
-DELTAFX_INLINE void store_lanes(T* p, Vec v, int64_t count) {
-  store_some(p, v, count);
-}
-
-// f(i, lanes) for each vector of channels [0, c): lanes is AllLanes, or the count of the last few.
-template <class F>
-DELTAFX_INLINE void for_vectors(int64_t c, const F& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= c; i += kLanes) f(i, AllLanes{});
-  if (i < c) f(i, c - i);
-}
-
 DELTAFX_INLINE Vec only_lanes(Vec v, AllLanes) { return v; }
 DELTAFX_INLINE Vec only_lanes(Vec v, int64_t count) {
-  IntVec lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return select(lane < static_cast<int32_t>(count), v, Vec{});
+  static constexpr LaneTable lane = lane_table([](int i) { return i; });
+  return select(lanes_of(lane) < static_cast<int32_t>(count), v, Vec{});
 }
 
 // Rows in scratch are padded to whole vectors, so that they are written without a tail.

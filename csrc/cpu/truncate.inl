@@ -8,26 +8,30 @@ inline bool changed(const Truncation& truncation, const float* y, const T* acc, 
                     int64_t c) {
   if (truncation.policy == Policy::none) return true;
   const float t = *truncation.threshold;
-  int64_t i = 0;
   if (t == 0.f) {
     IntVec differs = {};
-    for (; i + kLanes <= c; i += kLanes) differs |= load(y + i) != load(acc + i);
-    if (i < c) differs |= load_some(y + i, c - i) != load_some(acc + i, c - i);
+    for_vectors(c, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      differs |= load_lanes(y + i, lanes) != load_lanes(acc + i, lanes);
+    });
     return any_lane(differs);
   }
   const float* scale = truncation.inv_scale + first;
-  const bool rms = truncation.policy == Policy::rms;
-  Vec total = {};
-  IntVec bad = {};
-  const auto add = [&](Vec delta) __attribute__((always_inline)) {
-    bad |= delta != delta;
-    total = rms ? total + delta * delta : max_of(total, abs_of(delta));
+  const auto change = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    return (load_lanes(y + i, lanes) - load_lanes(acc + i, lanes)) * load_lanes(scale + i, lanes);
   };
-  for (; i + kLanes <= c; i += kLanes) add((load(y + i) - load(acc + i)) * load(scale + i));
-  if (i < c)
-    add((load_some(y + i, c - i) - load_some(acc + i, c - i)) * load_some(scale + i, c - i));
-  if (rms) return !(sum_of(total) <= t * t * static_cast<float>(c));
-  return any_lane(~(total <= t) | bad);
+  if (truncation.policy == Policy::rms) {
+    Vec total = {};
+    for_vectors(c, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      const Vec delta = change(i, lanes);
+      total += delta * delta;
+    });
+    return !(sum_of(total) <= t * t * static_cast<float>(c));
+  }
+  IntVec beyond = {};
+  for_vectors(c, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    beyond |= ~(abs_of(change(i, lanes)) <= t);
+  });
+  return any_lane(beyond);
 }
 
 // Rounds y to T in place, so that it is compared as it would be stored.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,18 @@ def raise_adaptive_avg(node: fx.Node) -> Raised:
     return Call(adaptive_pool2d, {"x": x, "kind": "avg", "size": size})
 
 
+def raise_adaptive_max(node: fx.Node) -> Raised:
+    """`getitem(aten.adaptive_max_pool2d(x, size), 0)` -> `adaptive_pool2d(x=, kind="max", ...)`."""
+    pool: Any = node.args[0]
+    if pool.target != aten.adaptive_max_pool2d.default or node.args[1] != 0:
+        return None
+    x = pool.args[0]
+    if not is_map(x):
+        return Refusal("the input of this pool is not [N, C, H, W]")
+    size = tuple(int(s) for s in value(node).shape[2:])
+    return Call(adaptive_pool2d, {"x": x, "kind": "max", "size": size})
+
+
 def prepare(node: fx.Node, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The accumulator tells the size."""
     return {k: v for k, v in kwargs.items() if k != "size"}
@@ -59,4 +72,7 @@ def prepare(node: fx.Node, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 OP = DeltaOp(adaptive_pool2d, prepare=prepare)
 
-RAISE = {aten.adaptive_avg_pool2d.default: raise_adaptive_avg}
+RAISE = {
+    aten.adaptive_avg_pool2d.default: raise_adaptive_avg,
+    operator.getitem: raise_adaptive_max,
+}

@@ -85,11 +85,19 @@ def value(node: fx.Node) -> Tensor:
 
 
 def is_map(node: Any, dims: int = 4) -> bool:
-    """Whether a node's result is a floating-point tensor of `dims` dimensions."""
+    """Whether a node's result is a floating-point tensor of `dims` dimensions, and not empty."""
     if not isinstance(node, fx.Node):
         return False
     val = node.meta.get("val")
-    return isinstance(val, Tensor) and val.dim() == dims and val.is_floating_point()
+    if not isinstance(val, Tensor) or val.dim() != dims:
+        return False
+    return val.is_floating_point() and val.numel() > 0
+
+
+def has_kernels(t: Tensor) -> bool:
+    """Whether the operators take tensors of this dtype on this device."""
+    supported = (torch.float32, torch.bfloat16, torch.float16)
+    return t.dtype in (supported if t.device.type != "cpu" else supported[:2])
 
 
 def pair(v: Any) -> tuple[int, int]:

@@ -67,6 +67,8 @@ def raise_binary(node: fx.Node) -> Raised:
     op = _OPS[node.target]
     given = arguments(node)
     a, b = given["self"], given["other"]
+    if node.target == aten.rsub.Scalar:
+        a, b = b, a
     if given.get("alpha", 1) != 1:
         return Refusal("an add with alpha is not a delta op")
     if not is_map(node):
@@ -132,6 +134,7 @@ _OPS = {
     aten.div.Tensor: "div",
     aten.add.Scalar: "add",
     aten.sub.Scalar: "sub",
+    aten.rsub.Scalar: "sub",
     aten.mul.Scalar: "mul",
     aten.div.Scalar: "div",
 }

@@ -1,11 +1,12 @@
 """What the operators do under fake tensors: check the shapes, and nothing else.
 
-Every operator writes its accumulator, mask and counts in place and returns nothing, so one fake
-serves them all.
+Every operator of a frame writes its accumulator, mask and counts in place and returns nothing, so
+one fake serves them all. Packing a convolution's weights is no such operator and has its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 OPERATORS = (
     "encode",
+    "conv2d",
+    "conv_transpose2d",
     "pool2d",
     "adaptive_pool2d",
     "global_pool2d",
@@ -39,7 +42,27 @@ def check_head(acc: Tensor, mask: Tensor, counts: Tensor, *rest: Any) -> None:
     torch._check(counts.numel() == 2, lambda: f"counts must have 2 elements, not {counts.numel()}")
 
 
+def packed_weight(
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+) -> Tensor:
+    """The fake of `pack_conv_weight`: as many floats as `conv_layout` of csrc/cpu/conv.h says."""
+    first, second, kh, kw = weight.shape
+    cin, cout = (first // groups, second) if transposed else (second, first // groups)
+    if cin == cout == 1:
+        return weight.new_empty(groups * kh * kw, dtype=torch.float32)
+    merged = max((m for m in range(1, groups + 1) if groups % m == 0 and m * cout <= 16), default=1)
+    rest = merged * cout % 32
+    columns = merged * cout - rest + (0 if rest == 0 else 16 if rest <= 16 else 32)
+    return weight.new_empty(groups * cin * columns * kh * kw, dtype=torch.float32)
+
+
 def register(library: torch.library.Library | None = None) -> None:
     """Registers the fake of every operator, once the operators are loaded."""
     for name in OPERATORS:
         torch.library.register_fake(f"deltafx::{name}", check_head, lib=library)
+    torch.library.register_fake("deltafx::pack_conv_weight", packed_weight, lib=library)

@@ -44,7 +44,7 @@ def raise_cat(node: fx.Node) -> Raised:
 def raise_slice(node: fx.Node) -> Raised:
     """`aten.slice(x, 1, a, b)` -> `slice_channels(x=, start=a, length=b - a)`."""
     a = arguments(node)
-    if not is_map(a["self"]) or a["dim"] % 4 != 1 or a["step"] != 1:
+    if not is_map(node) or not is_map(a["self"]) or a["dim"] % 4 != 1 or a["step"] != 1:
         return Refusal("this slice is not of the channels of a feature map")
     channels = int(value(a["self"]).shape[1])
     start = int(a["start"] or 0)

@@ -1,0 +1,90 @@
+"""What "exact at threshold 0" means: at most twice the dense model's own error against float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+def floats(result: Any) -> list[Tensor]:
+    """The floating-point tensors of a result."""
+    leaves = pytree.tree_leaves(result)
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+class Oracle:
+    """The dense model beside a compiled one: it collects both errors over a sequence of frames.
+
+    The dense model is run in both memory formats, and the larger of its two errors counts: they
+    differ in nothing but the order of additions, and so tell how much of an error is luck. A value
+    is moreover never known better than to the last place of its dtype.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.dense = model
+        self.exact = copy.deepcopy(model).double()
+        self.ours = 0.0
+        self.norm = 0.0
+        self.own = [0.0, 0.0]
+        self.eps = 0.0
+
+    @torch.no_grad()
+    def compare(self, outputs: Any, *args: Any) -> None:
+        """Takes in a frame's result; asserts that NaNs and infinities are where they belong."""
+        expected = floats(self.exact(*pytree.tree_map(_double, args)))
+        got = floats(outputs)
+        assert [t.shape for t in got] == [t.shape for t in expected]
+        dense = [
+            floats(self.dense(*pytree.tree_map(lambda a: _formatted(a, layout), args)))
+            for layout in (torch.contiguous_format, torch.channels_last)
+        ]
+        for i, (o, e) in enumerate(zip(got, expected, strict=True)):
+            assert o.dtype == dense[0][i].dtype
+            self.eps = max(self.eps, torch.finfo(o.dtype).eps)
+            assert torch.equal(o.isnan(), e.isnan()), "NaNs at other positions than the model's"
+            finite = e.isfinite()
+            self.ours += _squares(o, e, finite)
+            self.norm += _squares(e, torch.zeros_like(e), finite)
+            for j in range(2):
+                self.own[j] += _squares(dense[j][i], e, finite)
+
+    @property
+    def error(self) -> float:
+        """Relative L2 over everything seen."""
+        return (self.ours / self.norm) ** 0.5 if self.norm else self.ours**0.5
+
+    @property
+    def bound(self) -> float:
+        """Twice the dense model's own, or a unit in the last place."""
+        own = max(self.own) ** 0.5
+        return max(2 * own / self.norm**0.5, self.eps) if self.norm else 2 * own
+
+    def check(self) -> None:
+        """Asserts that the compiled model is as exact as the dense one."""
+        assert self.error <= self.bound, f"error {self.error:.3e}, allowed {self.bound:.3e}"
+
+
+def exact_over(model: nn.Module, compiled: Any, frames: Iterable[Any]) -> None:
+    """Feeds frames (tensors, or tuples of arguments) to both and checks the error."""
+    oracle = Oracle(model)
+    for frame in frames:
+        args = frame if isinstance(frame, tuple) else (frame,)
+        oracle.compare(compiled(*args), *args)
+    oracle.check()
+
+
+def _double(a: Any) -> Any:
+    return a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
+
+
+def _formatted(a: Any, layout: torch.memory_format) -> Any:
+    return a.clone(memory_format=layout) if isinstance(a, Tensor) and a.dim() == 4 else a
+
+
+def _squares(a: Tensor, b: Tensor, where: Tensor) -> float:
+    return float((a.double() - b.double())[where].square().sum())

@@ -1,0 +1,121 @@
+"""lift_layouts: what is done on channels-last or flat maps is done on the maps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deltafx.passes.lift_layouts import lift_layouts
+from tests.passes.graphs import Tiny, calls, node, rewritten, whole
+
+NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+
+
+def test_a_linear_over_channels_is_a_pointwise_convolution():
+    net = Tiny(
+        lambda m, x: m.b(F.relu(m.a(x.permute(NHWC)))).permute(NCHW),
+        a=nn.Linear(3, 5), b=nn.Linear(5, 2),
+    )  # fmt: skip
+    gm, count = rewritten(lift_layouts, net, whole(2, 3, 4, 5))
+    assert count == 3
+    assert [c for c in calls(gm) if c != "permute"] == ["conv2d", "affine", "conv2d"]
+    assert [n.name for n in gm.graph.nodes if n.target in _dense(gm)] == ["a", "relu", "b"]
+
+
+def _dense(gm):
+    return {n.target for n in gm.graph.nodes if n.op == "call_function" and n.kwargs}
+
+
+def test_a_layer_norm_over_channels():
+    norm = nn.LayerNorm(4)
+    net = Tiny(lambda m, x: m.norm(x.permute(NHWC)).permute(NCHW), norm=norm)
+    x = whole(1, 4, 3, 3)
+    x[:, 1:] = x[:, :1] + torch.tensor([0.0, 2, 2]).reshape(3, 1, 1)  # deviation 1, mean whole
+    norm.eps = 0.0
+    gm, count = rewritten(lift_layouts, net, x)
+    assert count == 1
+    assert "layer_norm" in calls(gm)
+    assert tuple(node(gm, "layer_norm").meta["val"].shape) == (1, 4, 3, 3)
+
+
+def test_scales_and_residuals_on_channels_last():
+    scale = whole(3, least=1)
+    net = Tiny(
+        lambda m, x: (x + (m.a(x.permute(NHWC)) * scale).permute(NCHW), m.a(x.permute(NHWC)) + scale),
+        a=nn.Linear(3, 3),
+    )  # fmt: skip
+    _, count = rewritten(lift_layouts, net, whole(1, 3, 4, 4))
+    assert count == 4  # two linears, the scale and the shift; the residual is on maps already
+
+
+def test_an_add_of_two_channels_last_maps():
+    net = Tiny(lambda m, x: (m.a(x.permute(NHWC)) + x.permute(NHWC)).permute(NCHW), a=nn.Linear(3, 3))
+    gm, count = rewritten(lift_layouts, net, whole(1, 3, 4, 4))
+    assert count == 2
+    assert node(gm, "binary").kwargs["op"] == "add"
+
+
+def test_a_flattened_classifier():
+    net = Tiny(
+        lambda m, x: m.b(F.relu(m.a(torch.flatten(x, 1)))), a=nn.Linear(24, 6), b=nn.Linear(6, 3)
+    )
+    gm, count = rewritten(lift_layouts, net, whole(2, 2, 3, 4))
+    assert count == 3
+    shapes = [tuple(n.meta["val"].shape) for n in gm.graph.nodes if n.target in _dense(gm)]
+    assert shapes == [(2, 6, 1, 1), (2, 6, 1, 1), (2, 3, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        lambda x: x.mean((2, 3)),
+        lambda x: x.mean([-1, -2]),
+        lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
+        lambda x: F.adaptive_avg_pool2d(x, 1).reshape(x.shape[0], -1),
+        lambda x: F.adaptive_avg_pool2d(x, 1).squeeze(),
+    ],
+    ids=["mean", "negative", "flatten", "reshape", "squeeze"],
+)
+def test_heads_behind_a_global_pool(flat):
+    net = Tiny(lambda m, x: m.a(flat(x)), a=nn.Linear(2, 3))
+    gm, count = rewritten(lift_layouts, net, whole(2, 2, 4, 4))
+    assert count >= 1
+    assert "conv2d" in calls(gm)
+    assert "linear" not in calls(gm)
+
+
+def test_back_and_forth_is_nothing():
+    net = Tiny(lambda m, x: x.permute(NHWC).permute(NCHW) + 1)
+    gm, _ = rewritten(lift_layouts, net, whole(1, 2, 3, 4))
+    add = node(gm, "add")
+    assert add.args[0].op == "placeholder"
+
+
+@pytest.mark.parametrize(
+    ("f", "module"),
+    [
+        (lambda m, x: m.a(x), nn.Linear(5, 2)),  # over the columns
+        (lambda m, x: m.a(x.permute(0, 2, 1, 3)), nn.Linear(5, 2)),
+        (lambda m, x: m.a(x.flatten(2)), nn.Linear(20, 2)),
+        (lambda m, x: m.a(x.flatten(0, 1).flatten(1)), nn.Linear(20, 2)),
+        (lambda m, x: x.mean(2), nn.Identity()),
+        (lambda m, x: F.softmax(x.flatten(1), 1) * 0, nn.Identity()),
+    ],
+)
+def test_other_layouts_stay(f, module):
+    gm, count = rewritten(lift_layouts, Tiny(f, a=module), whole(1, 3, 4, 5))
+    assert count == 0
+    assert {"conv2d", "affine", "global_pool2d"}.isdisjoint(calls(gm))
+
+
+def test_a_linear_whose_weight_is_computed_stays():
+    net = Tiny(lambda m, x: F.linear(x.flatten(1), m.a.weight * 2), a=nn.Linear(12, 2))
+    _, count = rewritten(lift_layouts, net, whole(1, 3, 2, 2))
+    assert count == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_dtypes_that_have_no_operator_stay(dtype):
+    net = Tiny(lambda m, x: m.a(x.mean((2, 3))), a=nn.Linear(2, 3)).to(dtype)
+    _, count = rewritten(lift_layouts, net, whole(1, 2, 2, 2).to(dtype))
+    assert count == 0
