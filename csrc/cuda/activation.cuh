@@ -19,7 +19,7 @@ __device__ __forceinline__ void map_vector(float (&v)[kVector], const F& f) {
 }
 
 // The rarer activations, out of line so that they cost the kernels no registers.
-__device__ __noinline__ float costly_activation(Act kind, float a, float b, float s, float v) {
+static __device__ __noinline__ float costly_activation(Act kind, float a, float b, float s, float v) {
   switch (kind) {
     case Act::tanh:
       return tanhf(v);

@@ -9,7 +9,7 @@
 //   otherwise     [tap][channel of the group][cout]
 #pragma once
 
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
 #include <vector>

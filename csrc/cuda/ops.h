@@ -3,7 +3,7 @@
 // soon as the call returns by work that is later on the same stream.
 #pragma once
 
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
