@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -75,6 +77,8 @@ class DeltaModule(fx.GraphModule):
         self._weight_groups: list[dict[str, Any]] = [
             group for m in model.modules() for group in (m._parameters, m._buffers) if group
         ]
+        self._held: list[Tensor | None] = []  # what the groups hold, to see replaced tensors
+        self._weights: list[Tensor] = []
         self._weights_seen: tuple[int, ...] = ()
         super().train(False)
 
@@ -320,17 +324,18 @@ class DeltaModule(fx.GraphModule):
 
     def _follow_weights(self) -> None:
         """Drops everything that was made of weights which have changed since."""
-        seen = tuple(
-            _version(t) for group in self._weight_groups for t in group.values() if t is not None
-        )
+        held = list(chain.from_iterable(map(dict.values, self._weight_groups)))
+        if not (len(held) == len(self._held) and all(map(is_, held, self._held))):
+            self._held = held
+            self._weights = [t for t in held if t is not None and not t.is_inference()]
+        seen = (*map(_VERSION, self._weights), *map(Tensor.data_ptr, self._weights))
         if seen != self._weights_seen:
             if self._weights_seen:
                 self._forget()
             self._weights_seen = seen
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version + 31 * tensor.data_ptr()
+_VERSION = attrgetter("_version")
 
 
 def _signature(bound: tuple[Any, ...]) -> Signature:

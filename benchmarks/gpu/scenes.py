@@ -60,7 +60,7 @@ def read_vtest(count: int) -> Tensor:
         import cv2
 
         capture = cv2.VideoCapture(str(VTEST))
-        pictures = [capture.read()[1][:, :, ::-1] for _ in range(count)]
+        pictures = [bgr[:, :, ::-1] for _ in range(count) for ok, bgr in [capture.read()] if ok]
     except ImportError:
         from deltafx.video import read_frames
 

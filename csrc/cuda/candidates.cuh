@@ -32,29 +32,25 @@ inline CandidateList list_in(int32_t* memory, int64_t sites) {
           static_cast<int>(size)};
 }
 
-// What makes an output site a candidate: its window over a mask.
-struct WindowQuery {
-  Mask mask;
-  Window y, x;
-  __device__ bool operator()(const Position& at) const {
-    const int top = at.y * static_cast<int>(y.stride) - static_cast<int>(y.pad);
-    const int left = at.x * static_cast<int>(x.stride) - static_cast<int>(x.pad);
-    const int h = static_cast<int>(mask.h), w = static_cast<int>(mask.w);
-    const uint8_t* stream = mask.data + static_cast<int64_t>(at.n) * h * w;
-    bool found = false;
-    for (int ky = 0; ky < static_cast<int>(y.kernel); ++ky) {
-      const int iy = top + ky * static_cast<int>(y.dilation);
-      if (iy < 0 || iy >= h) continue;
-      for (int kx = 0; kx < static_cast<int>(x.kernel); ++kx) {
-        const int ix = left + kx * static_cast<int>(x.dilation);
-        if (ix >= 0 && ix < w) found |= stream[static_cast<int64_t>(iy) * w + ix] != 0;
-      }
-    }
-    return found;
+// Whether any of `count` bytes from `bytes` on, step apart, is set. Up to eight neighbours are read as
+// two words; `end` is where the mask ends, beyond which no word may reach.
+__device__ __forceinline__ bool any_set(const uint8_t* bytes, int count, int step,
+                                        const uint8_t* begin, const uint8_t* end) {
+  const auto address = reinterpret_cast<uintptr_t>(bytes);
+  const uint8_t* low = bytes - address % 8;
+  if (step == 1 && count > 2 && count <= 8 && low >= begin && low + 16 <= end) {
+    const unsigned shift = address % 8 * 8;
+    const auto* words = reinterpret_cast<const unsigned long long*>(low);
+    unsigned long long v = words[0] >> shift;
+    if (shift != 0) v |= words[1] << (64 - shift);
+    return (v & ~0ull >> (64 - count * 8)) != 0;
   }
-};
+  bool found = false;
+  for (int i = 0; i < count; ++i) found |= bytes[i * step] != 0;
+  return found;
+}
 
-// The site itself.
+// What makes an output site a candidate, where that is the site itself.
 struct SiteQuery {
   Mask mask;
   __device__ bool operator()(const Position& at) const {

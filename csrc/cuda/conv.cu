@@ -47,15 +47,19 @@ struct ConvQuery {
     if (!in_phase(y_axis, at.y) || !in_phase(x_axis, at.x)) return false;
     const int top = y_axis.base(at.y), left = x_axis.base(at.x);
     const int h = static_cast<int>(x.h), w = static_cast<int>(x.w);
-    const uint8_t* stream = x.data + static_cast<int64_t>(at.n) * h * w;
+    const uint8_t *stream = x.data + static_cast<int64_t>(at.n) * h * w,
+                  *end = x.data + x.n * h * w;
+    // The columns inside the input: taps [first, last).
+    const int step = x_axis.phase.step;
+    int first = 0, last = x_axis.phase.taps;
+    while (first < last && (left + first * step < 0 || left + first * step >= w)) ++first;
+    while (first < last && (left + (last - 1) * step < 0 || left + (last - 1) * step >= w)) --last;
     bool found = false;
-    for (int jy = 0; jy < y_axis.phase.taps; ++jy) {
+    for (int jy = 0; jy < y_axis.phase.taps && first < last; ++jy) {
       const int iy = top + jy * y_axis.phase.step;
       if (iy < 0 || iy >= h) continue;
-      for (int jx = 0; jx < x_axis.phase.taps; ++jx) {
-        const int ix = left + jx * x_axis.phase.step;
-        if (ix >= 0 && ix < w) found |= stream[static_cast<int64_t>(iy) * w + ix] != 0;
-      }
+      found |= any_set(stream + static_cast<int64_t>(iy) * w + left + first * step, last - first,
+                       step, x.data, end);
     }
     if (residual.data != nullptr)
       found |= residual.data[(at.n * residual.h + at.y) * residual.w + at.x] != 0;
@@ -94,6 +98,8 @@ bool has_constant_sites(const ConvGeometry& g, const Window& w, int64_t in, int6
 // How many blocks may share a tile's depth: so many that each still has some steps to pipeline.
 int cluster_for(int64_t steps) { return steps >= 32 ? 8 : steps >= 16 ? 4 : 1; }
 
+int64_t packed_cin(const ConvGeometry& g) { return packed_channels(static_cast<int>(g.cin)); }
+
 int64_t row_elements(DType dtype) { return dtype == DType::f32 ? 32 : 64; }
 
 cudaError_t run_phase(const GemmParams& p, const ConvLaunch& launch, cudaStream_t stream) {
@@ -130,7 +136,7 @@ std::vector<Phase> conv_phases(const ConvGeometry& g, DType dtype) {
                         weights};
       const int64_t taps = static_cast<int64_t>(phase.y.taps) * phase.x.taps;
       weights += on_tensor_cores(g)
-                     ? packed_columns(g.cout) * packed_depth(taps * g.cin, dtype)
+                     ? packed_columns(g.cout) * packed_depth(taps * packed_cin(g), dtype)
                      : taps * (g.cin / g.groups) * g.cout;
       phases.push_back(phase);
     }
@@ -142,7 +148,7 @@ int64_t packed_size(const ConvGeometry& g, DType dtype) {
   const Phase& last = phases.back();
   const int64_t taps = static_cast<int64_t>(last.y.taps) * last.x.taps;
   return last.weights + (on_tensor_cores(g)
-                             ? packed_columns(g.cout) * packed_depth(taps * g.cin, dtype)
+                             ? packed_columns(g.cout) * packed_depth(taps * packed_cin(g), dtype)
                              : taps * (g.cin / g.groups) * g.cout);
 }
 
@@ -178,7 +184,7 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
     p.weight = static_cast<const char*>(launched.weight) + phase.weights * size;
     p.y = gemm_axis(g.y, g.transposed, phase.y);
     p.x_axis = gemm_axis(g.x, g.transposed, phase.x);
-    p.depth = static_cast<int>(static_cast<int64_t>(phase.y.taps) * phase.x.taps * g.cin);
+    p.depth = static_cast<int>(phase.y.taps * phase.x.taps * packed_cin(g));
     p.packed_depth = static_cast<int>(packed_depth(p.depth, dtype));
     p.cluster = cluster_for(p.packed_depth / row_elements(dtype));
     const ConvQuery query{c.x_mask, c.residual_mask, p.y, p.x_axis, streams};

@@ -5,7 +5,8 @@
 // site reads the input at base + offset + j * step in each axis.
 //
 // Packed weights, in the dtype of the feature maps, phase after phase:
-//   groups == 1   [cout, rounded up to 64][taps * cin, rounded up to 128 bytes], for tensor cores
+//   groups == 1   [cout, rounded up to 64][taps * packed_channels(cin), rounded up to 128 bytes],
+//                 for tensor cores
 //   otherwise     [tap][channel of the group][cout]
 #pragma once
 
@@ -29,6 +30,12 @@ struct Phase {
   PhaseAxis y, x;
   int64_t weights;  // offset into the packed weights, in elements
 };
+
+// Up to four channels are filled up to four, so that a frame's taps do not straddle chunks.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+inline int packed_channels(int cin) { return cin <= 4 ? 4 : cin; }
 
 bool on_tensor_cores(const ConvGeometry& geometry);
 int64_t packed_columns(int64_t cout);

@@ -55,8 +55,10 @@ struct Direct {
     for (int i = 0; i < kVector; ++i) {
       if (i >= count) break;
       const int first = (c0 + i) / group_out * group_in;
+      float sum = 0.f;  // of the tap by itself, as one long chain of sums would round more
       for (int k = 0; k < group_in; ++k)
-        y[i] = fmaf(input(x, first + k), to_float(w[static_cast<int64_t>(k) * cout + i]), y[i]);
+        sum = fmaf(input(x, first + k), to_float(w[static_cast<int64_t>(k) * cout + i]), sum);
+      y[i] += sum;
     }
   }
   __device__ float input(const T* x, int c) const {

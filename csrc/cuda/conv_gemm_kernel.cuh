@@ -4,31 +4,10 @@
 // results in shared memory, so that the accumulator is read and written in whole rows.
 #pragma once
 
-#include "cuda/conv_gemm.h"
+#include "cuda/conv_gemm_finish.cuh"
 #include "cuda/conv_gemm_loader.cuh"
-#include "cuda/update.cuh"
 
 namespace deltafx::cuda {
-
-__device__ __forceinline__ void cluster_sync() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-#endif
-}
-
-// Four floats at `offset` bytes of block `rank` of the cluster's shared memory.
-__device__ __forceinline__ float4 load_from_block(uint32_t offset, int rank) {
-  float4 v = {};
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(offset), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address));
-#endif
-  return v;
-}
 
 template <class Traits>
 struct GemmWarp {
@@ -147,38 +126,11 @@ struct GemmWarp {
   }
 };
 
-// Bias, residual, activation and the update rule for one truncation group of one site, from the sums
-// in y. True if it was written.
-template <class T>
-__device__ __forceinline__ bool finish_group(const GemmParams& p, int site, int c0, int count,
-                                             float (&y)[kVector]) {
-  if (count > 0) {
-    if (p.bias != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        if (i < count) y[i] += __ldg(p.bias + c0 + i);
-    }
-    if (p.residual.data == nullptr) {
-      activate(p.act, c0, count, y);
-    } else {
-      float residual[kVector];
-      load_vector(static_cast<const T*>(p.residual.data) + site * p.residual.ld + c0, count,
-                  p.residual_aligned, residual);
-      if (p.residual_after_act) activate(p.act, c0, count, y);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) y[i] += residual[i];
-      if (!p.residual_after_act) activate(p.act, c0, count, y);
-    }
-  }
-  return update_group<T>(p.out, p.acc_aligned, site, c0, count, y);
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiprocessor)
     conv_gemm_kernel(const __grid_constant__ GemmParams p) {
   using T = typename Traits::T;
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
-  constexpr int kGroups = kColumns / static_cast<int>(kTruncationGroup);
   extern __shared__ __align__(128) char stages[];
   __shared__ typename ListReader<kThreads>::Shared list_shared;
   __shared__ int sites[kRows];
@@ -247,6 +199,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
         }
       }
     }
+    // The blocks of a split tile finish a part of its rows each.
+    const int own_rows = split ? kRows / parts : kRows;
+    GemmFinish<Traits> finish(
+        p, {sites, entries, split ? rank * own_rows : 0, own_rows, split ? parts : 1},
+        first_column);
     wait_for_copies<0>();
     __syncthreads();
     if constexpr (Traits::kParts)
@@ -257,38 +214,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       cluster_sync();
     else
       __syncthreads();
-
-    // Eight threads a truncation group of a site; the blocks of a split tile take a part each.
-    const int own_rows = split ? kRows / parts : kRows, row0 = split ? rank * own_rows : 0;
-    const int lane = tid % kGroupLanes;
-    for (int unit = tid / kGroupLanes; unit < own_rows * kGroups; unit += kThreads / kGroupLanes) {
-      const int r = row0 + unit / kGroups;
-      const int c = unit % kGroups * static_cast<int>(kTruncationGroup) + lane * kVector;
-      const int site = sites[r], count = site < 0 ? 0 : min(kVector, channels - first_column - c);
-      const int at = r * Traits::kPitch + c;
-      float y[kVector];
-      *reinterpret_cast<float4*>(y) = *reinterpret_cast<const float4*>(results + at);
-      *reinterpret_cast<float4*>(y + 4) = *reinterpret_cast<const float4*>(results + at + 4);
-      if (split) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) y[i] = 0.f;
-        for (int from = 0; from < parts; ++from) {
-          const uint32_t address = stages_address + at * 4;
-          const float4 low = load_from_block(address, from);
-          const float4 high = load_from_block(address + 16, from);
-          y[0] += low.x, y[1] += low.y, y[2] += low.z, y[3] += low.w;
-          y[4] += high.x, y[5] += high.y, y[6] += high.z, y[7] += high.w;
-        }
-      }
-      const bool written = finish_group<T>(p, site, first_column + c, count, y);
-      if (!written || lane != 0) continue;
-      p.out.mask.data[site] = 1;
-      // A site of several groups counts once: whoever marks its entry first counts it.
-      if (channels <= kTruncationGroup ||
-          !(atomicOr(reinterpret_cast<unsigned*>(p.list.entries) + entries[r], kActiveBit) &
-            kActiveBit))
-        ++found;
-    }
+    found += finish.run(results, stages_address);
     if (split)
       cluster_sync();
     else

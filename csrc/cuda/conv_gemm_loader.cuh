@@ -40,11 +40,13 @@ class GemmLoader {
                                       static_cast<int>(p.out.acc.w));
       y_[i] = site < 0 ? kNowhere : p.y.base(at.y);
       x_[i] = p.x_axis.base(at.x);
-      stream_[i] = at.n * static_cast<int>(p.x.h * p.x.w);
+      // The input at tap 0; outside of it for a window that begins in the padding.
+      from_[i] = static_cast<const T*>(p.x.data) +
+                 ((at.n * p.x.h + p.y.base(at.y)) * p.x.w + x_[i]) * p.x.ld;
     }
     depth_ = first_step * Traits::kDepth + chunk_ * kElements;
-    const int cin = static_cast<int>(p.x.c), tap = depth_ / cin;
-    channel_ = depth_ % cin;
+    const int channels = packed_channels(static_cast<int>(p.x.c)), tap = depth_ / channels;
+    channel_ = depth_ % channels;
     tap_y_ = tap / max(p.x_axis.phase.taps, 1);
     tap_x_ = tap % max(p.x_axis.phase.taps, 1);
     weight_ = static_cast<const T*>(p.weight) +
@@ -71,67 +73,96 @@ class GemmLoader {
  private:
   static constexpr int kNowhere = -(1 << 30);
 
-  // The element of the input that row i reads at a tap, or null.
-  __device__ const T* source(int i, int tap_y, int tap_x, int channel) const {
+  // Whether row i has an input site at a tap.
+  __device__ bool inside(int i, int tap_y, int tap_x) const {
     const int iy = y_[i] + tap_y * p_.y.phase.step, ix = x_[i] + tap_x * p_.x_axis.phase.step;
-    const bool inside = iy >= 0 && iy < static_cast<int>(p_.x.h) && ix >= 0 &&
-                        ix < static_cast<int>(p_.x.w);
-    if (!inside) return nullptr;
-    const int64_t site = stream_[i] + iy * static_cast<int>(p_.x.w) + ix;
-    return static_cast<const T*>(p_.x.data) + site * p_.x.ld + channel;
+    return static_cast<unsigned>(iy) < static_cast<unsigned>(p_.x.h) &&
+           static_cast<unsigned>(ix) < static_cast<unsigned>(p_.x.w);
+  }
+  // How far a tap's site lies from tap 0's, in elements.
+  __device__ int64_t distance(int tap_y, int tap_x) const {
+    return (static_cast<int64_t>(tap_y * p_.y.phase.step) * p_.x.w +
+            tap_x * p_.x_axis.phase.step) * p_.x.ld;
   }
 
   __device__ void gather_chunks(uint32_t to) {
     const bool valid = depth_ < p_.depth;
+    const int64_t offset = distance(tap_y_, tap_x_) + channel_;
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
-      const T* from = valid ? source(i, tap_y_, tap_x_, channel_) : nullptr;
-      copy_chunk(to + i * Traits::kCopyRows * kRowBytes, from != nullptr ? from : p_.x.data,
-                 from != nullptr);
+      const bool copied = valid && inside(i, tap_y_, tap_x_);
+      copy_chunk(to + i * Traits::kCopyRows * kRowBytes,
+                 copied ? static_cast<const void*>(from_[i] + offset) : p_.x.data, copied);
     }
     channel_ += Traits::kDepth;
     while (channel_ >= static_cast<int>(p_.x.c)) {
       channel_ -= static_cast<int>(p_.x.c);
-      if (++tap_x_ == p_.x_axis.phase.taps) {
-        tap_x_ = 0;
-        ++tap_y_;
-      }
+      next_tap(tap_y_, tap_x_);
     }
   }
 
+  __device__ void next_tap(int& tap_y, int& tap_x) const {
+    if (++tap_x == p_.x_axis.phase.taps) {
+      tap_x = 0;
+      ++tap_y;
+    }
+  }
+
+  // Chunks that span taps, in the packed order of channels; the channels that only fill up are 0.
   __device__ void gather_elements(uint32_t to) {
-    const int cin = static_cast<int>(p_.x.c), taps_x = p_.x_axis.phase.taps;
+    const int cin = static_cast<int>(p_.x.c), channels = packed_channels(cin);
+    float v[kOwnRows][kVector] = {};
+    unsigned read[kOwnRows] = {};
+    int tap_y = tap_y_, tap_x = tap_x_, channel = channel_;
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      if (depth_ + e < p_.depth && channel < cin) {
+        const int64_t offset = distance(tap_y, tap_x) + channel;
+#pragma unroll
+        for (int i = 0; i < kOwnRows; ++i) {
+          if (!inside(i, tap_y, tap_x)) continue;
+          v[i][e] = to_float(from_[i][offset]);
+          if (p_.pre_scale == nullptr) continue;
+          v[i][e] = v[i][e] * p_.pre_scale[channel] + p_.pre_shift[channel];
+          read[i] |= 1u << e;
+        }
+      }
+      if (++channel == channels) {
+        channel = 0;
+        next_tap(tap_y, tap_x);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
-      float v[kVector] = {};
-      bool inside[kElements];
+      if (p_.pre_scale != nullptr) {
+        // The padding is zero after the prologue.
+        activate(p_.pre_act, 0, kVector, v[i]);
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) {
-        const int k = depth_ + e, tap = k / cin, c = k % cin;
-        const T* from = k < p_.depth ? source(i, tap / taps_x, tap % taps_x, c) : nullptr;
-        inside[e] = from != nullptr;
-        if (!inside[e]) continue;
-        v[e] = to_float(*from);
-        if (p_.pre_scale != nullptr) v[e] = v[e] * p_.pre_scale[c] + p_.pre_shift[c];
+        for (int e = 0; e < kElements; ++e) v[i][e] = read[i] >> e & 1 ? v[i][e] : 0.f;
       }
-      if (p_.pre_scale != nullptr) activate(p_.pre_act, 0, kVector, v);
       union {
         T elements[kElements];
         uint4 chunk;
       } packed;
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) packed.elements[e] = from_float<T>(inside[e] ? v[e] : 0.f);
+      for (int e = 0; e < kElements; ++e) packed.elements[e] = from_float<T>(v[i][e]);
       const uint32_t at = to + i * Traits::kCopyRows * kRowBytes;
       asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(packed.chunk.x),
                    "r"(packed.chunk.y), "r"(packed.chunk.z), "r"(packed.chunk.w)
                    : "memory");
+    }
+    channel_ += Traits::kDepth;
+    while (channel_ >= channels) {
+      channel_ -= channels;
+      next_tap(tap_y_, tap_x_);
     }
   }
 
   const GemmParams& p_;
   int chunk_, row_;
   uint32_t stages_;
-  int y_[kOwnRows], x_[kOwnRows], stream_[kOwnRows];
+  int y_[kOwnRows], x_[kOwnRows];
+  const T* from_[kOwnRows];
   int depth_, channel_, tap_y_, tap_x_;
   const T* weight_;
 };

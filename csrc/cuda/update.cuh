@@ -16,49 +16,70 @@ __device__ __forceinline__ bool any_in_group(bool v) {
   return __ballot_sync(kAllLanes, v) >> first & ((1u << kGroupLanes) - 1);
 }
 
-// Channels [c0, c0 + count) of site `site`, after the activation; count <= 0 for a thread without
-// any. Called by whole warps, the threads of a group in order. True if the group was written.
-// Written as !(change <= t), so that a NaN counts as a change.
+// When channels [c0, c0 + count) of a site and the rest of their group count as changed. One object
+// serves all the sites whose channels a thread handles; count <= 0 for a thread without any.
+struct GroupRule {
+  Policy policy;
+  float threshold;
+  float size;  // channels of the group
+  float scale[kVector];
+  int count;
+
+  __device__ GroupRule(const Output& out, int c0, int channels_here)
+      : policy(out.truncation.policy), threshold(0.f), count(channels_here) {
+    const int group = c0 / static_cast<int>(kTruncationGroup) * static_cast<int>(kTruncationGroup);
+    const int left = static_cast<int>(out.acc.c) - group;
+    size = static_cast<float>(left < kTruncationGroup ? left : static_cast<int>(kTruncationGroup));
+    if (policy == Policy::none) return;
+    threshold = *out.truncation.threshold;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      scale[i] = i < count ? __ldg(out.truncation.inv_scale + c0 + i) : 0.f;
+  }
+
+  // Called by whole warps, the threads of a group in order; y is rounded as it would be stored.
+  // Written as !(change <= t), so that a NaN counts as a change.
+  __device__ bool changed(const float (&y)[kVector], const float (&old)[kVector]) const {
+    if (policy == Policy::none) return count > 0;
+    bool beyond = false;
+    if (threshold == 0.f) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) beyond |= i < count && !(y[i] == old[i]);
+      return any_in_group(beyond);
+    }
+    float total = 0.f;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float d = (y[i] - old[i]) * scale[i];
+      if (i < count) {
+        total += d * d;
+        beyond |= !(fabsf(d) <= threshold);
+      }
+    }
+    if (policy == Policy::maximum) return any_in_group(beyond);
+    return !(sum_over_group(total) <= threshold * threshold * size);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void round_to(float (&y)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) y[i] = to_float(from_float<T>(y[i]));
+}
+
+// Compares channels [c0, c0 + count) of site `site`, after the activation, with the accumulator and
+// writes them if their group changed. Called by whole warps. True if the group was written.
 template <class T>
 __device__ __forceinline__ bool update_group(const Output& out, bool aligned, int site, int c0,
                                              int count, float (&y)[kVector]) {
   T* acc = static_cast<T*>(out.acc.data) + static_cast<int64_t>(site) * out.acc.ld + c0;
-  const bool valid = count > 0;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) y[i] = to_float(from_float<T>(y[i]));
-  if (out.truncation.policy == Policy::none) {
-    if (valid) store_vector(acc, count, aligned, y);
-    return valid;
-  }
-  const float t = *out.truncation.threshold;
-  float old[kVector];
-  if (valid) load_vector(acc, count, aligned, old);
-  bool changed = false;
-  if (t == 0.f) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) changed |= valid && i < count && !(y[i] == old[i]);
-    changed = any_in_group(changed);
-  } else {
-    const bool rms = out.truncation.policy == Policy::rms;
-    float total = 0.f;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (!valid || i >= count) continue;
-      const float d = (y[i] - old[i]) * __ldg(out.truncation.inv_scale + c0 + i);
-      total += d * d;
-      changed |= !rms && !(fabsf(d) <= t);
-    }
-    if (rms) {
-      const int left = static_cast<int>(out.acc.c) - c0 / static_cast<int>(kTruncationGroup) *
-                                                         static_cast<int>(kTruncationGroup);
-      const int size = left < kTruncationGroup ? left : static_cast<int>(kTruncationGroup);
-      changed = !(sum_over_group(total) <= t * t * static_cast<float>(size)) && size > 0;
-    } else {
-      changed = any_in_group(changed);
-    }
-  }
-  if (changed && valid) store_vector(acc, count, aligned, y);
-  return changed;
+  const GroupRule rule(out, c0, count);
+  float old[kVector] = {};
+  if (rule.policy != Policy::none && count > 0) load_vector(acc, count, aligned, old);
+  round_to<T>(y);
+  const bool changed = rule.changed(y, old);
+  if (changed && count > 0) store_vector(acc, count, aligned, y);
+  return changed && rule.size > 0.f;
 }
 
 }  // namespace deltafx::cuda
