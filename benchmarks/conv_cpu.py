@@ -1,9 +1,10 @@
 """The CPU convolution against torch's dense one, layer by layer.
 
-For each layer the same run times torch (oneDNN, channels_last, weights as torch keeps them and prepacked as
-inductor freezing does, whichever is faster) and `deltafx::conv2d` with all sites, a share of random sites,
-and a blob of the same share as candidates. Rounds of all contestants alternate, so that a busy machine
-slows each alike; the minimum and the median over the rounds are kept.
+For each layer the same run times torch (oneDNN, channels_last, weights as torch keeps them and
+prepacked as inductor freezing does, whichever is faster) and `deltafx::conv2d` with all sites, a
+share of random sites, and a blob of the same share as candidates. Rounds of all contestants
+alternate, so that a busy machine slows each alike; the minimum and the median over the rounds are
+kept. With one thread the clock is the thread's own, which other processes slow least.
 
     python benchmarks/conv_cpu.py [--layers 3x3] [--rounds 20] [--json FILE]
 """
@@ -62,7 +63,7 @@ def channels_last(*shape: int) -> Tensor:
 
 
 def blob(h: int, w: int, share: float) -> Tensor:
-    """A mask [1, h, w] with a filled rectangle over `share` of its area, in the map's proportions."""
+    """A mask [1, h, w] with a filled rectangle over `share` of its area."""
     mask = torch.zeros(1, h, w, dtype=torch.bool)
     bh, bw = max(1, round(h * share**0.5)), max(1, round(w * share**0.5))
     y, x = (h - bh) // 2, (w - bw) // 3
@@ -76,28 +77,36 @@ class Layer:
     def __init__(self, spec: tuple[int, ...]) -> None:
         cin, cout, h, w, k, s, g = spec
         p = k // 2
-        self.x, weight, bias = channels_last(1, cin, h, w), torch.randn(cout, cin // g, k, k), torch.randn(cout)
+        self.x, weight, bias = (
+            channels_last(1, cin, h, w),
+            torch.randn(cout, cin // g, k, k),
+            torch.randn(cout),
+        )
         weight = weight.contiguous(memory_format=torch.channels_last)
         conv = (bias, (s, s), (p, p), (1, 1), g)
         acc = F.conv2d(self.x, weight, *conv).contiguous(memory_format=torch.channels_last)
         self.macs = acc.numel() * (cin // g) * k * k
         _, _, oh, ow = acc.shape
         mask, counts = torch.zeros(1, oh, ow, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
-        packed = torch.ops.deltafx.pack_conv_weight(weight.contiguous(), (s, s), (p, p), (1, 1), g, False)
+        packed = torch.ops.deltafx.pack_conv_weight(
+            weight.contiguous(), (s, s), (p, p), (1, 1), g, False
+        )
         inv_scale, threshold = torch.ones(cout), torch.tensor(0.1)
         empty = torch.zeros(1, h, w, dtype=torch.bool)
 
-        def delta(x_mask: Tensor, residual: Tensor | None, sites: Tensor | None) -> Callable[[], None]:
-            def call() -> None:
-                torch.ops.deltafx.conv2d(
-                    acc, mask, counts, self.x, x_mask, packed, bias, residual, sites, None, None, "identity",
-                    (k, k), (s, s), (p, p), (1, 1), g, False, "relu", [], None, inv_scale, threshold, "rms",
-                )  # fmt: skip
+        geometry = ((k, k), (s, s), (p, p), (1, 1), g)
+        end = (False, "relu", [], None, inv_scale, threshold, "rms")
 
-            return call
+        def delta(
+            x_mask: Tensor, residual: Tensor | None, sites: Tensor | None
+        ) -> Callable[[], None]:
+            inputs = (self.x, x_mask, packed, bias, residual, sites, None, None, "identity")
+            return lambda: torch.ops.deltafx.conv2d(acc, mask, counts, *inputs, *geometry, *end)
 
         residual = torch.zeros_like(acc)
-        onednn = torch.ops.mkldnn._reorder_convolution_weight(weight, (p, p), (s, s), (1, 1), g, self.x.shape)
+        onednn = torch.ops.mkldnn._reorder_convolution_weight(
+            weight, (p, p), (s, s), (1, 1), g, self.x.shape
+        )
         prepacked = (onednn, bias, [p, p], [s, s], [1, 1], g, "relu", [], "")
         self.contestants: dict[str, Callable[[], object]] = {
             "torch": lambda: F.conv2d(self.x, weight, *conv),
@@ -115,19 +124,44 @@ class Layer:
 
 def measure(layer: Layer, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each contestant: minimum and median over alternating rounds."""
+    clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
     times: dict[str, list[float]] = {name: [] for name in layer.contestants}
     for i in range(rounds + 2):
         for name, call in layer.contestants.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if i >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((clock() - start) * 1e3)
     return {name: {"min": min(t), "median": statistics.median(t)} for name, t in times.items()}
+
+
+def row(name: str, layer: Layer, result: dict[str, dict[str, float]]) -> str:
+    """A line of the table, from the minima."""
+    dense = min(result["torch"]["min"], result["torch prepacked"]["min"])
+    ours, every = result["ours all"]["min"], result["ours 1 blob"]["min"]
+    sparse = [
+        f"{result[f'ours {share} {kind}']['min'] / every / share:5.2f}"
+        for share in (0.05, 0.2)
+        for kind in ("random", "blob")
+    ]
+    rate, none = layer.macs * 2e-6 / ours, result["ours none"]["min"] * 1e3
+    numbers = f"{dense:8.3f} {ours:8.3f} {ours / dense:5.2f} {rate:7.1f}  {' '.join(sparse)}"
+    return f"{name:28s} {numbers}  {none:6.1f}"
+
+
+def cpu_name() -> str:
+    """The processor, in its own words."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
 
 
 def main() -> None:
     """Prints a table and, if asked, writes the figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", default="", help="only layers whose name contains this")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
@@ -136,24 +170,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     results = {}
-    print(f"{'layer':28s} {'torch':>8s} {'ours':>8s} ratio  GFLOPS  cost of a site against a dense one, at "
-          "0.05 random, blob, 0.2 random, blob; no site, us")  # fmt: skip
+    print("milliseconds of torch and ours with all sites, their ratio, GFLOP/s of ours; cost of a")
+    print("candidate against one of all, at 0.05 random, blob, 0.2 random, blob; no candidate, us")
     for name, spec in LAYERS.items():
-        if args.layers not in name:
-            continue
-        layer = Layer(spec)
-        result = measure(layer, args.rounds)
-        results[name] = result
-        dense = min(result["torch"]["min"], result["torch prepacked"]["min"])
-        ours, every = result["ours all"]["min"], result["ours 1 blob"]["min"]
-        sparse = [result[f"ours {s} {kind}"]["min"] / every / s for s in (0.05, 0.2) for kind in ("random", "blob")]
-        print(f"{name:28s} {dense:8.3f} {ours:8.3f} {ours / dense:5.2f} {layer.macs * 2e-6 / ours:7.1f}  "
-              + " ".join(f"{s:5.2f}" for s in sparse)
-              + f"  {result['ours none']['min'] * 1e3:6.1f}")  # fmt: skip
+        if args.layers in name:
+            layer = Layer(spec)
+            results[name] = measure(layer, args.rounds)
+            print(row(name, layer, results[name]), flush=True)
     if args.json:
-        cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                    if line.startswith("model name")), platform.processor())  # fmt: skip
-        about = {"cpu": cpu, "threads": args.threads, "torch": torch.__version__, "unit": "ms", "rounds": args.rounds}
+        about = {
+            "cpu": cpu_name(),
+            "threads": args.threads,
+            "torch": torch.__version__,
+            "unit": "ms",
+            "rounds": args.rounds,
+        }
         args.json.write_text(json.dumps({"about": about, "layers": results}, indent=1) + "\n")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from deltafx.config import Config
+from deltafx.errors import InvalidInputError
 from deltafx.module import DeltaModule
 
 
@@ -41,5 +42,10 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
     config = Config.from_options({"threshold": threshold, "thresholds": thresholds, **options})
     compiled = DeltaModule(model, config)
     if example_inputs is not None:
+        if not isinstance(example_inputs, (tuple, list)):
+            raise InvalidInputError(
+                "example_inputs must be a tuple of the model's arguments, such as (frame,), not "
+                f"{type(example_inputs).__name__}"
+            )
         compiled.prepare(*example_inputs)
     return compiled

@@ -28,6 +28,9 @@ class Config:
         policy: The norm of a change over a truncation group: `"rms"` or `"max"`.
         input_block: The input is gated in squares of this many sites a side; 1 gates every site by
             itself.
+        refresh_every: Every so many frames nothing is truncated (all thresholds are 0 for that frame),
+            so that no value stays stale for longer; 0 is never. What did not change at all is not
+            computed then either: a still picture stays free.
         scale_floor: A channel's scale is at least this share of its layer's mean scale.
         max_states: How many states (one for each shape, dtype and device of the input) are kept;
             the least recently used is dropped.
@@ -38,7 +41,8 @@ class Config:
     input_threshold: float | None = None
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     policy: str = "rms"
-    input_block: int = 8
+    input_block: int = 16
+    refresh_every: int = 7
     scale_floor: float = 0.05
     max_states: int = 4
     cuda_graph: bool = True
@@ -52,17 +56,22 @@ class Config:
         check_threshold("threshold", self.threshold)
         if self.input_threshold is not None:
             check_threshold("input_threshold", self.input_threshold)
+        if not isinstance(self.thresholds, Mapping):
+            raise InvalidOptionError(
+                f"thresholds must be a mapping of node names to numbers, not {self.thresholds!r}"
+            )
         for name, value in self.thresholds.items():
             check_threshold(f"thresholds[{name!r}]", value)
         object.__setattr__(self, "thresholds", MappingProxyType(dict(self.thresholds)))
         if self.policy not in POLICIES:
             raise InvalidOptionError(f"policy must be one of {POLICIES}, not {self.policy!r}")
-        if not isinstance(self.input_block, int) or self.input_block < 1:
-            raise InvalidOptionError(f"input_block must be an int >= 1, not {self.input_block!r}")
-        if not 0 < self.scale_floor <= 1:
-            raise InvalidOptionError(f"scale_floor must be in (0, 1], not {self.scale_floor!r}")
-        if not isinstance(self.max_states, int) or self.max_states < 1:
-            raise InvalidOptionError(f"max_states must be an int >= 1, not {self.max_states!r}")
+        for name in ("input_block", "max_states"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidOptionError(f"{name} must be an int >= 1, not {value!r}")
+        floor = self.scale_floor
+        if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor <= 1:
+            raise InvalidOptionError(f"scale_floor must be in (0, 1], not {floor!r}")
         if not isinstance(self.cuda_graph, bool):
             raise InvalidOptionError(f"cuda_graph must be a bool, not {self.cuda_graph!r}")
 

@@ -1,7 +1,7 @@
 """Every error that deltafx raises on purpose.
 
-Each names what is wrong and what to do about it. An exception raised inside a user's model is
-never wrapped: it comes through as it is.
+Each names what is wrong and what to do about it. Where a model fails on the shapes or dtypes that
+it is compiled for, its own exception is the cause of an `InvalidInputError`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ The state is a cache: dropping it, or any part of it, costs time and never corre
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -30,6 +31,9 @@ from deltafx.thresholds import Thresholds
 
 Signature = tuple[Any, ...]
 
+_COMPILING = threading.RLock()
+"""fx and make_fx patch torch for the whole process while they trace: one at a time."""
+
 
 @dataclasses.dataclass
 class _Compiled:
@@ -41,6 +45,8 @@ class _Compiled:
     code: str
     run: Callable[..., Any]
     frames: int = 0
+    age: int = 0  # frames since the last refresh
+    refreshing: bool = False
     calibrated: bool = False
 
 
@@ -63,7 +69,8 @@ class DeltaModule(fx.GraphModule):
             InvalidInputError: `model` is no module.
             TrainModeError: It is in train mode.
         """
-        traced = trace_model(model)
+        with _COMPILING:
+            traced = trace_model(model)
         graph = fx.Graph()
         graph.output(None)
         super().__init__(nn.Module(), graph, "DeltaModule")
@@ -74,6 +81,7 @@ class DeltaModule(fx.GraphModule):
         self._cache: OrderedDict[Signature, _Compiled] = OrderedDict()
         self._current: _Compiled | None = None
         self._scales: dict[str, Tensor] = {}
+        self._thresholds_hold = False
         self._weight_groups: list[dict[str, Any]] = [
             group for m in model.modules() for group in (m._parameters, m._buffers) if group
         ]
@@ -108,6 +116,7 @@ class DeltaModule(fx.GraphModule):
             compiled = self._prepare(bound)
             tensors = [a for a in pytree.tree_leaves(bound) if isinstance(a, Tensor)]
             self._calibrate_if_due(compiled)
+            self._refresh_if_due(compiled)
             out = compiled.run(self, *tensors)
             compiled.frames += 1
             self._calibrate_if_due(compiled)
@@ -151,6 +160,7 @@ class DeltaModule(fx.GraphModule):
         """
         if streams is None:
             for compiled in self._cache.values():
+                compiled.age = 0
                 for slot in compiled.instance.plan.slots:
                     compiled.buffers[acc_name(slot)].fill_(float("nan"))
             return
@@ -186,7 +196,7 @@ class DeltaModule(fx.GraphModule):
         """
         if not args and not kwargs:
             return self._require().instance.plan.bytes()
-        with torch.no_grad():
+        with _COMPILING, torch.no_grad():
             bound = self._traced.bind(args, kwargs)
             known = self._cache.get(_signature(bound))
             instance = known.instance if known else emit_instance(self._traced, self.config, bound)
@@ -264,11 +274,11 @@ class DeltaModule(fx.GraphModule):
         self._follow_weights()
         signature = _signature(bound)
         compiled = self._cache.get(signature)
-        if compiled is not None and compiled is self._current:
+        if compiled is not None and compiled is self._current and self._thresholds_hold:
             return compiled
         if compiled is None:
             # Only in-place writes outside inference mode need this, and a frame may come either way.
-            with torch.inference_mode(False):
+            with _COMPILING, torch.inference_mode(False):
                 compiled = self._compile(bound)
             while len(self._cache) >= self.config.max_states:
                 self._cache.popitem(last=False)
@@ -278,6 +288,8 @@ class DeltaModule(fx.GraphModule):
         return compiled
 
     def _compile(self, bound: tuple[Any, ...]) -> _Compiled:
+        # Anew: tensors of the model may have been replaced since, or the model put in train mode.
+        self._traced = trace_model(self.model)
         instance = emit_instance(self._traced, self.config, bound)
         buffers = {**instance.constants, **allocate(instance.plan)}
         self._buffers.clear()
@@ -305,9 +317,22 @@ class DeltaModule(fx.GraphModule):
     def _write_thresholds(self) -> None:
         if self._current is None:
             return
+        self._thresholds_hold = False  # until all names have been found
         plan = self._current.instance.plan
         values = self.thresholds.resolve(tuple(plan.truncating), self._current.instance.frame_inputs)
+        if self._current.refreshing:
+            values = [0.0] * len(values)
         self._current.buffers[THRESHOLDS].copy_(torch.tensor(values))
+        self._thresholds_hold = True
+
+    def _refresh_if_due(self, compiled: _Compiled) -> None:
+        """Every so many frames nothing is truncated, so that no value is stale for longer."""
+        every = self.config.refresh_every
+        refreshing = every > 0 and compiled.age == 0
+        if refreshing != compiled.refreshing:
+            compiled.refreshing = refreshing
+            self._write_thresholds()
+        compiled.age = (compiled.age + 1) % every if every else 0
 
     def _calibrate_if_due(self, compiled: _Compiled) -> None:
         due = not compiled.calibrated and compiled.frames and self.thresholds.any_positive()

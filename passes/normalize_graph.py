@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
 
+from deltafx.errors import InvalidInputError
 from deltafx.passes.context import identifier, rename
 from deltafx.passes.functionalize_inplace import functionalize_inplace
 from deltafx.passes.trace_model import TracedModel
@@ -43,10 +44,14 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
 
     Args:
         traced: The model.
-        args: Its arguments; tensors are inputs of the graph, all else is taken as constant.
+        args: Its arguments, as `TracedModel.bind` gives them; tensors are inputs of the graph, all
+            else is taken as constant.
 
     Returns:
         The graph module; see the module's docstring.
+
+    Raises:
+        InvalidInputError: The model fails on such arguments; its own exception is the cause.
     """
     flat, spec = pytree.tree_flatten(tuple(args))
     positions = [i for i, arg in enumerate(flat) if isinstance(arg, Tensor)]
@@ -59,7 +64,7 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
         for i, tensor in zip(positions, tensors, strict=True):
             leaves[i] = tensor
         with _reparametrize_module(traced.root, weights), fx_traceback.preserve_node_meta():
-            out = _run(traced.root, pytree.tree_unflatten(leaves, spec))
+            out = _run(traced, pytree.tree_unflatten(leaves, spec))
         out_flat, out_spec = pytree.tree_flatten(out)
         out_specs.append(out_spec)
         return out_flat
@@ -68,7 +73,13 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     weights = {name: mode.from_tensor(t, static_shapes=True) for name, t in state.items()}
     tensors = [mode.from_tensor(flat[i].detach(), static_shapes=True) for i in positions]
     with torch.no_grad():
-        made = make_fx(run, pre_dispatch=True)(weights, tensors)
+        try:
+            made = make_fx(run, pre_dispatch=True)(weights, tensors)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise InvalidInputError(
+                f"the model does not run on ({', '.join(map(_kind, flat))}): "
+                + str(error).split("\n")[0]
+            ) from error
     gm = _with_weights(made, list(state), state)
     gm.meta["out_spec"] = out_specs[-1]
     _drop_modes(gm)
@@ -83,10 +94,28 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     return gm
 
 
-def _run(root: nn.Module, args: Any) -> Any:
-    if isinstance(root, fx.GraphModule):
-        return fx.Interpreter(root).run(*args)
-    return root(*args)
+def _kind(arg: Any) -> str:
+    if isinstance(arg, Tensor):
+        return f"{str(arg.dtype).removeprefix('torch.')} {list(arg.shape)}"
+    return type(arg).__name__
+
+
+def _run(traced: TracedModel, args: Any) -> Any:
+    if traced.front_end == "fx":
+        assert isinstance(traced.root, fx.GraphModule)
+        return _plain(fx.Interpreter(traced.root).run(*args))
+    return traced.root(*args[:-1], **args[-1])
+
+
+def _plain(out: Any) -> Any:
+    """A result without the immutable containers of fx."""
+    if isinstance(out, dict):
+        return {key: _plain(item) for key, item in out.items()}
+    if isinstance(out, tuple) and hasattr(out, "_fields"):
+        return type(out)(*map(_plain, out))
+    if isinstance(out, (list, tuple)):
+        return (list if isinstance(out, list) else tuple)(map(_plain, out))
+    return out
 
 
 def _with_weights(

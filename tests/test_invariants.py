@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import fx
+from torch.utils import _pytree as pytree
 
 import deltafx
+from deltafx.ops import is_view
+from deltafx.ops.base import constant
+from deltafx.passes import Context, run_pipeline
+from deltafx.passes.normalize_graph import normalize_graph
+from deltafx.passes.trace_model import trace_model
 from tests.exactness import Oracle
 from tests.nets import Net, nets
 from tests.scenes import Scene, scenes
+
+GROUP = 64
+"""Channels that are truncated together, as in the operators."""
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
@@ -73,3 +82,151 @@ def test_exact_at_zero_over_many_nets(made: Made, scene: Scene, streams: int) ->
 @examples(200)
 def test_exact_at_zero_bf16_over_many_nets(made: Made, scene: Scene, streams: int) -> None:
     check_exact(made, scene, streams, torch.bfloat16)
+
+
+def raised_graph(compiled: deltafx.DeltaModule, frame: torch.Tensor) -> fx.GraphModule:
+    """The graph before lowering, whose dense functions can be evaluated, with the same names."""
+    traced = trace_model(compiled.model)
+    gm = normalize_graph(traced, traced.bind((frame,), {}))
+    context = Context(compiled.config)
+    run_pipeline(gm, context)
+    assert context.plan == compiled._require().instance.plan
+    return gm
+
+
+def evaluate(gm: fx.GraphModule, compiled: deltafx.DeltaModule, frame: torch.Tensor) -> dict:
+    """Every delta node's `f`, of the accumulators of its inputs: in fp64 and in the dtype itself."""
+    known: dict[fx.Node, torch.Tensor] = {}
+    found: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            continue
+        if node.op == "placeholder":
+            known[node] = frame
+        elif node.op == "get_attr":
+            known[node] = constant(node)
+        elif node.meta.get("delta"):
+            args = fx.node.map_arg(node.kwargs, known.__getitem__)
+            wide = pytree.tree_map_only(torch.Tensor, lambda t: t.double(), args)
+            found[node] = node.target(**wide), node.target(**args)
+            known[node] = compiled.accumulator(node.name)
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)
+    return found
+
+
+def norms(change: torch.Tensor, policy: str, block: int) -> torch.Tensor:
+    """The policy's norm of each truncation group; of each square of the input, where it is gated so."""
+    if block > 1:
+        ones = torch.ones_like(change[:, :1])
+        def total(t):
+            return F.avg_pool2d(t, block, ceil_mode=True, divisor_override=1)
+        count = total(ones) * change.shape[1]
+        return (total(change.square().sum(1, keepdim=True)) / count).sqrt()
+    groups = change.split(GROUP, 1)
+    if policy == "max":
+        return torch.stack([g.abs().amax(1) for g in groups])
+    return torch.stack([g.square().mean(1).sqrt() for g in groups])
+
+
+def check_bounded(
+    made: Made, scene: Scene, threshold: float, policy: str, block: int, dtype: torch.dtype
+) -> None:
+    net, shape = made[0].to(dtype), made[1]
+    compiled = deltafx.compile(
+        net, threshold=threshold, input_threshold=threshold / 2, policy=policy, input_block=block
+    )
+    gm = None
+    with torch.no_grad():
+        for event, frame in scene.frames(2, shape, dtype):
+            if event == "reset":
+                compiled.reset()
+            elif event == "reset stream":
+                compiled.reset(0)
+            compiled(frame)
+            if event == "nan":
+                continue
+            gm = gm or raised_graph(compiled, frame)
+            for node, (exact, rough) in evaluate(gm, compiled, frame).items():
+                if is_view(node):
+                    continue
+                acc = compiled.accumulator(node.name).double()
+                assert acc.isfinite().all() or not exact.isfinite().all(), node.name
+                t, scale = 0.0, torch.ones(acc.shape[1], dtype=torch.float64)
+                if node.meta["truncates"]:
+                    t = compiled.thresholds[node.name]
+                    scale = compiled.state_tensors()[f"inv_scale_{node.name}"].double()
+                gate = node.kwargs.get("block", 1) if policy == "rms" and t > 0 else 1
+                rows = scale.reshape(1, -1, 1, 1)
+                change = norms((acc - exact) * rows, policy, gate)
+                # What the arithmetic itself may be off by: twice the dense function's own error.
+                own = 2 * norms((rough.double() - exact) * rows, policy, gate).max()
+                last = torch.finfo(dtype).eps * norms(exact * rows, policy, gate)
+                bound = t * (1 + 1e-5) + own + last
+                assert (change <= bound).all(), (node.name, float((change - bound).max()))
+
+
+POLICIES = st.sampled_from(["rms", "max"])
+
+
+@given(
+    made=nets(), scene=scenes(), threshold=st.sampled_from([0.01, 0.1, 1.0]), policy=POLICIES,
+    block=st.sampled_from([1, 3, 8]),
+)  # fmt: skip
+@examples(25)
+def test_bounded(made: Made, scene: Scene, threshold: float, policy: str, block: int) -> None:
+    """I2: no group is farther than t from f of its inputs' accumulators."""
+    check_bounded(made, scene, threshold, policy, block, torch.float32)
+
+
+@pytest.mark.slow
+@given(
+    made=nets(), scene=scenes(), threshold=st.sampled_from([0.01, 0.1, 1.0]), policy=POLICIES,
+    block=st.sampled_from([1, 3, 8]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+@examples(300)
+def test_bounded_over_many_nets(
+    made: Made, scene: Scene, threshold: float, policy: str, block: int, dtype: torch.dtype
+) -> None:
+    check_bounded(made, scene, threshold, policy, block, dtype)
+
+
+@given(made=nets(), scene=scenes(), threshold=st.sampled_from([0, 0.1, 0.5]))
+@examples(12)
+def test_streams_do_not_touch_each_other(made: Made, scene: Scene, threshold: float) -> None:
+    """I4: a stream in a batch has the accumulators and masks that it has alone, bit for bit."""
+    net, shape = made
+    together = deltafx.compile(net, threshold=threshold)
+    alone = [deltafx.compile(net, threshold=threshold) for _ in range(2)]
+    generator = torch.Generator().manual_seed(scene.seed)
+    first = torch.randn(1, *shape, generator=generator)
+    for compiled in (together, *alone):
+        compiled.calibrate([first])
+    gm = raised_graph(alone[0], first)
+    delta = delta_only(gm)
+    other = Scene(scene.events[::-1], scene.seed + 1)
+    for (event, a), (_, b) in zip(scene.frames(1, shape), other.frames(1, shape), strict=True):
+        if event == "reset stream":
+            together.reset(1)
+            alone[1].reset()
+        together(torch.cat([a, b]))
+        alone[0](a)
+        alone[1](b)
+        for name in delta:
+            acc, mask = together.accumulator(name), together.update_mask(name)
+            for i, compiled in enumerate(alone):
+                mine = compiled.accumulator(name)[0]
+                assert torch.equal(acc[i].nan_to_num(7), mine.nan_to_num(7)), name
+                assert torch.equal(mask[i], compiled.update_mask(name)[0]), name
+
+
+def delta_only(gm: fx.GraphModule) -> list[str]:
+    """Delta nodes that no dense op is behind: torch's may round otherwise in another batch."""
+    dense: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        reads_dense = any(n in dense for n in node.all_input_nodes)
+        own = node.op == "call_function" and not node.meta.get("delta")
+        if reads_dense or own:
+            dense.add(node)
+    return [n.name for n in gm.graph.nodes if n.meta.get("delta") and n not in dense]

@@ -64,6 +64,10 @@ constexpr GemmTile gemm_tile_at(int rows, std::integer_sequence<int, R...>) {
   return tiles[rows - 1];
 }
 
+// A chain of additions this long is started anew and added to the others: rounding errors grow with
+// the length of a chain, and the sum of two short ones is closer to the truth than one long one.
+constexpr int64_t kGemmChain = 128;
+
 // Rows [0, rows <= kGemmRows) of c times one panel of `width` (32 or 16) columns, of which the
 // first `columns` matter: c is written in whole vectors, no further than those columns need.
 inline void gemm_panel(const float* a, int64_t lda, int rows, const float* b, int64_t width,
@@ -73,7 +77,11 @@ inline void gemm_panel(const float* a, int64_t lda, int rows, const float* b, in
   const GemmTile two = gemm_tile_at<2>(rows, Rows{}), one = gemm_tile_at<1>(rows, Rows{});
   for (int64_t j = 0; j < width && j < columns;) {
     const bool wide = columns - j > kLanes && width - j >= 2 * kLanes;
-    (wide ? two : one)(a, lda, b + j, width, k, c + j, ldc, accumulate);
+    const GemmTile tile = wide ? two : one;
+    for (int64_t k0 = 0; k0 < k; k0 += kGemmChain) {
+      const int64_t depth = k - k0 < kGemmChain ? k - k0 : kGemmChain;
+      tile(a + k0, lda, b + j + k0 * width, width, depth, c + j, ldc, accumulate || k0 > 0);
+    }
     j += (wide ? 2 : 1) * kLanes;
   }
 }

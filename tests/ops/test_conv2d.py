@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from tests.ops.conv_reference import Case, Problem, set_mask
 
 MASKS = ["empty", "full", "one", "random"]

@@ -36,7 +36,7 @@ def encode(x, acc, mask, block, inv_scale, threshold, policy):
 def test_sites(channels, dtype, frame_dtype, device):
     cases = itertools.product(SIZES, LAYOUTS, TRUNCATIONS)
     for i, (size, layout, (policy, threshold)) in enumerate(cases):
-        if (i + channels) % 3:
+        if (i + channels) % 5:
             continue
         x = torch.randn(2, channels, *size).to(frame_dtype)
         if i % 2:

@@ -55,7 +55,8 @@ class TinyPair(Tiny):
 
 def normalized(model: nn.Module, *xs: Tensor) -> fx.GraphModule:
     """The normalized graph of a model."""
-    return normalize_graph(trace_model(model), xs)
+    traced = trace_model(model)
+    return normalize_graph(traced, traced.bind(xs, {}))
 
 
 def run(gm: fx.GraphModule, *xs: Tensor) -> list[Tensor]:

@@ -30,7 +30,7 @@ def test_fx_traces_a_plain_model():
     assert (traced.front_end, traced.reason) == ("fx", "")
     x = torch.randn(1, 3, 5, 5)
     assert torch.equal(traced.root(x), model(x))
-    assert traced.root.get_submodule("0") is model[0], "the weights are shared"
+    assert traced.root.get_parameter("0.weight") is model[0].weight, "the weights are shared"
 
 
 def test_a_model_that_fx_cannot_trace_stays_python_and_says_why():
@@ -52,7 +52,7 @@ def test_control_flow_on_shapes_is_followed():
 def test_variadic_forwards_stay_python():
     traced = trace_model(Variadic().eval())
     assert traced.front_end == "python"
-    assert len(traced.bind((1, 2, 3), {})) == 3
+    assert traced.bind((1, 2, 3), {}) == (1, 2, 3, {})
 
 
 def test_binding_orders_keywords_and_fills_defaults():
@@ -61,11 +61,29 @@ def test_binding_orders_keywords_and_fills_defaults():
             return x * scale
 
     traced = trace_model(Two().eval())
-    assert traced.bind((1,), {"scale": 3.0}) == (1, None, 3.0)
+    assert traced.bind((1,), {"scale": 3.0}) == (1, None, 3.0, {})
     with pytest.raises(InvalidInputError, match="missing a required argument: 'x'"):
         traced.bind((), {})
     with pytest.raises(InvalidInputError, match="unexpected keyword argument 'z'"):
         traced.bind((1,), {"z": 1})
+
+
+def test_keyword_only_arguments_come_along():
+    class Keywords(nn.Module):
+        def forward(self, x, *, scale=2.0, rows=False):
+            return x * scale
+
+    traced = trace_model(Keywords().eval())
+    assert (traced.front_end, traced.reason) == ("python", "forward has an optional argument, 'scale'")
+    assert traced.bind((1,), {"scale": 3.0}) == (1, {"scale": 3.0, "rows": False})
+
+    class Required(nn.Module):
+        def forward(self, x, *, y):
+            return x * y
+
+    traced = trace_model(Required().eval())
+    assert traced.front_end == "fx"
+    assert traced.bind((1,), {"y": 2}) == (1, 2)
 
 
 def test_train_mode_is_refused_and_the_module_named():

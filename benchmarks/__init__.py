@@ -1,0 +1,1 @@
+"""Benchmarks: one script each, results as JSON under `results/`."""

@@ -1,0 +1,403 @@
+"""DeltaModule: calls, errors, outputs, and what it tells of itself."""
+
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import deltafx
+from deltafx.errors import InvalidInputError, NotCompiledError, UnknownNodeError
+from tests.exactness import exact_over
+
+
+class Net(nn.Module):
+    """Convs around a function of maps."""
+
+    def __init__(self, function, channels=3):
+        super().__init__()
+        self.a = nn.Conv2d(channels, 6, 3, padding=1)
+        self.b = nn.Conv2d(6, 6, 1)
+        self.function = function
+        self.eval()
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def clip(*shape, count=8):
+    """Frames with a static one, a moving box and a cut among them."""
+    frames = [torch.randn(shape) for _ in range(2)]
+    out = [frames[0], frames[0]]
+    for i in range(count - 3):
+        frame = out[-1].clone()
+        frame[..., i : i + 3, i : i + 3] = torch.randn_like(frame[..., i : i + 3, i : i + 3])
+        out.append(frame)
+    return [*out, frames[1]]
+
+
+def follows(model, *shape):
+    """The compiled model follows the model, over a clip and a reset."""
+    compiled = deltafx.compile(model, threshold=0)
+    exact_over(model, compiled, clip(*shape))
+    compiled.reset()
+    exact_over(model, compiled, clip(*shape))
+    return compiled
+
+
+Pair = namedtuple("Pair", "left right")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: {"out": m.a(x), "more": [m.b(m.a(x)), (x, None, 3)]},
+        lambda m, x: (m.a(x),),
+        lambda m, x: OrderedDict(z=m.a(x), a=x.relu()),
+        lambda m, x: Pair(m.a(x), [m.b(m.a(x))]),
+        lambda m, x: [],
+    ],
+    ids=["nested", "tuple", "ordered", "named tuple", "nothing"],
+)
+def test_structures_of_outputs(function):
+    model, x = Net(function), torch.randn(2, 3, 9, 10)
+    compiled = deltafx.compile(model, threshold=0)
+    expected, got = model(x), compiled(x)
+    flat, spec = torch.utils._pytree.tree_flatten(got)
+    if isinstance(expected, OrderedDict):  # fx knows plain dictionaries only
+        expected = dict(expected)
+    assert spec == torch.utils._pytree.tree_structure(expected)
+    assert type(got) is type(expected)
+    if flat:
+        follows(model, 2, 3, 9, 10)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.a(x),
+        lambda m, x: (m.a(x), m.b(m.a(x))),
+        lambda m, x: m.a(x)[:, 2:4],
+        lambda m, x: m.a(x).flatten(1),
+        lambda m, x: m.a(x).permute(0, 2, 3, 1),
+        lambda m, x: x,
+        lambda m, x: x[:, :1],
+        lambda m, x: [x + 1, x],
+        lambda m, x: m.a(x).sum(1),
+        lambda m, x: torch.cat([m.a(x), x], 1).chunk(2, 1),
+    ],
+)
+def test_outputs_are_safe_to_keep(function):
+    model = Net(function)
+    compiled = deltafx.compile(model, threshold=0)
+    kept, copies = [], []
+    frame = torch.empty(1, 3, 8, 8)
+    for picture in clip(1, 3, 8, 8):
+        frame.copy_(picture)  # a caller that decodes into one buffer
+        flat = torch.utils._pytree.tree_leaves(compiled(frame))
+        kept += flat
+        copies += [t.clone() for t in flat]
+    frame.zero_()
+    compiled.reset()
+    for t, copy in zip(kept, copies, strict=True):
+        assert torch.equal(t, copy)
+    with torch.no_grad():
+        for t in kept:  # nor does writing into them reach the state
+            t.fill_(7)
+    exact_over(model, compiled, clip(1, 3, 8, 8))
+
+
+def relu_in_place(m, x):
+    return m.b(F.relu_(m.a(x)))
+
+
+def add_to_view(m, x):
+    y = m.a(x)
+    y[:, :2].add_(1)
+    return m.b(y)
+
+
+def write_channel(m, x):
+    y = x * 2
+    y[:, 0] = x[:, 1]
+    return m.a(y)
+
+
+def write_frame(m, x):
+    x[:, 0] = 0.5
+    return m.a(x)
+
+
+def twice(m, x):
+    y = m.b(m.a(x)).relu_()
+    return m.b(y) + m.b(m.b(y)), y
+
+
+def accumulate(m, x):
+    y = m.a(x)
+    z = m.b(y)
+    y += z
+    return y, z
+
+
+@pytest.mark.parametrize(
+    "function", [relu_in_place, add_to_view, write_channel, write_frame, twice, accumulate]
+)
+def test_models_that_write_in_place_or_share_modules(function):
+    model = Net(function)
+    compiled = deltafx.compile(model, threshold=0)
+    for frame in clip(2, 3, 9, 8):
+        given = frame.clone()
+        out, expected = compiled(given), model(frame.clone())
+        assert torch.equal(given, frame), "the caller's frame was written into"
+        for o, e in zip(
+            torch.utils._pytree.tree_leaves(out),
+            torch.utils._pytree.tree_leaves(expected),
+            strict=True,
+        ):
+            assert torch.allclose(o, e, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_fx_cannot_trace():
+    model = Net(lambda m, x: torch.stack([m.b(m.a(row[None])) for row in x]))
+    compiled = follows(model, 2, 3, 9, 9)
+    explanation = compiled.explain()
+    assert explanation.front_end == "python"
+    assert "TraceError" in explanation.note
+    assert "TraceError" in str(explanation)
+
+
+class Normalized(nn.Module):
+    """Takes uint8 frames, or floats, and normalises them itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).reshape(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.2, 0.3, 0.2]))
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.eval()
+
+    def forward(self, x):
+        x = x.to(self.conv.weight.dtype) / 255
+        return self.conv((x - self.mean) / self.std.view(1, 3, 1, 1))
+
+
+def test_a_model_that_normalises_its_input():
+    model = Normalized()
+    compiled = follows(model, 1, 3, 8, 9)
+    dense = [n.name for n in compiled.explain() if n.kind == "dense"]
+    assert dense == [], "normalising is done where the frame changed"
+
+
+def test_integer_frames():
+    model = Normalized()
+    compiled = deltafx.compile(model, threshold=0)
+    frames = [torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8) for _ in range(3)]
+    exact_over(model, compiled, [frames[0], frames[0], *frames])
+
+
+def test_buffers_of_the_model_follow_a_conversion():
+    model = Normalized()
+    compiled = deltafx.compile(model, threshold=0)
+    compiled(torch.rand(1, 3, 8, 9))
+    for convert in (lambda: compiled.to(torch.bfloat16), lambda: model.to(torch.float32)):
+        convert()
+        dtype = model.mean.dtype
+        assert model.conv.weight.dtype == dtype
+        exact_over(model, compiled, [f.to(dtype) for f in clip(1, 3, 8, 9)])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_any_number_of_channels(channels):
+    follows(Net(lambda m, x: m.b(m.a(x)).relu(), channels), 1, channels, 7, 9)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (3, 3, 1, 7), (0, 3, 4, 4)])
+def test_odd_shapes(shape):
+    model = Net(lambda m, x: m.b(m.a(x)).relu())
+    compiled = deltafx.compile(model, threshold=0)
+    for _ in range(2):
+        x = torch.randn(shape)
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])
+def test_any_memory_layout(layout):
+    model = Net(lambda m, x: m.b(m.a(x)).relu())
+
+    def laid(x):
+        if layout == "channels_last":
+            return x.to(memory_format=torch.channels_last)
+        return x[:, :, ::2, 1:] if layout == "strided" else x[:, :1].expand(-1, 3, -1, -1)
+
+    compiled = deltafx.compile(model, threshold=0)
+    exact_over(model, compiled, [laid(f) for f in clip(1, 3, 12, 12)])
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.eval()
+
+    def forward(self, x, mask=None, *, scale=1.0):
+        y = self.conv(x) * scale
+        return y if mask is None else y * mask
+
+
+def test_keyword_arguments():
+    model = TwoInputs()
+    compiled = deltafx.compile(model, threshold=0)
+    x, mask = torch.randn(1, 3, 8, 8), torch.rand(1, 1, 8, 8)
+    for kwargs in ({}, {"mask": mask}, {"scale": 3.0}, {"mask": mask, "scale": 2.0}, {}):
+        for frame in (x, x + 1):
+            assert torch.allclose(compiled(frame, **kwargs), model(frame, **kwargs), atol=1e-5)
+    assert torch.allclose(compiled(mask=mask, x=x), model(x, mask), atol=1e-5)
+
+
+def test_a_dictionary_of_frames():
+    class Dictionary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, frames):
+            return {k: self.conv(v) for k, v in frames.items()}
+
+    model = Dictionary().eval()
+    compiled = deltafx.compile(model, threshold=0)
+    for _ in range(3):
+        frames = {"left": torch.randn(1, 3, 5, 6), "right": torch.randn(2, 3, 4, 4)}
+        exact_over(model, compiled, [(frames,)])
+
+
+BAD = [
+    ((), {}, "missing a required argument: 'x'"),
+    ((torch.randn(1, 3, 8, 8), 1, 2), {}, "too many positional arguments"),
+    ((torch.randn(1, 3, 8, 8),), {"size": 3}, "unexpected keyword argument 'size'"),
+    ((torch.randn(1, 4, 8, 8),), {}, r"\[1, 4, 8, 8\]"),
+    ((torch.randn(1, 3, 8, 8).double(),), {}, "float64"),
+    ((torch.randint(0, 9, (1, 3, 8, 8)),), {}, "int64"),
+    (("frame.png",), {}, "str"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "message"), BAD)
+@pytest.mark.parametrize("front_end", ["fx", "python"])
+def test_arguments_that_do_not_fit(args, kwargs, message, front_end):
+    model = Net(lambda m, x: m.b(m.a(x)) if front_end == "fx" else [m.b(m.a(r[None])) for r in x])
+    compiled = deltafx.compile(model, threshold=0)
+    exact_over(model, compiled, clip(1, 3, 8, 8))
+    with pytest.raises(InvalidInputError, match=message):
+        compiled(*args, **kwargs)
+    exact_over(model, compiled, clip(1, 3, 8, 8))
+
+
+def test_what_is_known_only_after_compiling():
+    compiled = deltafx.compile(Net(lambda m, x: m.a(x)))
+    for ask in (
+        compiled.stats, compiled.explain, compiled.state_bytes, compiled.state_tensors,
+        compiled.update_mask, lambda: compiled.accumulator("a"),
+    ):  # fmt: skip
+        with pytest.raises(NotCompiledError, match="call the model with a frame"):
+            ask()
+
+
+def test_stats_count_the_sites_that_changed():
+    model = Net(lambda m, x: m.b(m.a(x)))
+    compiled = deltafx.compile(model, threshold=0)
+    x = torch.randn(2, 3, 10, 12)
+    compiled(x)
+    stats = compiled.stats()
+    dense = 2 * 120 * (3 * 9 * 6 + 6 * 6)
+    assert (stats.macs, stats.dense_macs, stats.flop_fraction, stats.density) == (dense, dense, 1, 1)
+    compiled(x)
+    assert (compiled.stats().macs, compiled.stats().density) == (0, 0)
+    x[1, 2, 4, 5] += 1
+    compiled(x)
+    nodes = compiled.stats().nodes
+    assert (nodes["input_0_encoded"].active, nodes["a"].candidates, nodes["b"].active) == (1, 9, 9)
+    assert nodes["a"].macs == 9 * 3 * 9 * 6
+    assert nodes["b"].density == 9 / 240
+    assert nodes["b"].active_density == 9 / 240
+    assert compiled.stats().flop_fraction == 9 / 240
+
+
+def test_masks_and_accumulators_can_be_read():
+    model = Net(lambda m, x: m.b(m.a(x)))
+    compiled = deltafx.compile(model, threshold=0)
+    x = torch.randn(2, 3, 10, 12)
+    compiled(x)
+    y = x.clone()
+    y[0, :, 0, 0] += 1
+    out = compiled(y)
+    mask = compiled.update_mask()
+    assert mask.dtype == torch.bool
+    assert mask.nonzero().tolist() == [[0, 0, 0]]
+    assert compiled.update_mask("b").sum() == 4
+    assert torch.equal(compiled.accumulator("b"), out)
+    assert torch.equal(compiled.accumulator("input_0_encoded"), y)
+    compiled.accumulator("b").zero_()
+    assert torch.equal(compiled(y), out)
+    for ask in (compiled.update_mask, compiled.accumulator):
+        with pytest.raises(UnknownNodeError, match=r"no delta node 'c'; see explain\(\)"):
+            ask("c")
+
+
+def test_explain_tells_every_node():
+    model = Net(lambda m, x: m.b(m.a(x).sign())[:, 1:])
+    compiled = deltafx.compile(model, example_inputs=(torch.randn(1, 3, 8, 8),))
+    kinds = {n.name: (n.kind, n.op) for n in compiled.explain()}
+    assert kinds["a"] == ("delta", "conv2d")
+    assert kinds["sign"][0] == "dense"
+    assert kinds["slice_1"][0] == "view" if "slice_1" in kinds else True
+    assert compiled.explain().delta_share == 1.0
+    table = str(compiled.explain())
+    for text in ("sign", "there is no delta op for it", "rewrites:", "raise_ops 3"):
+        assert text in table
+    assert len(compiled.explain()) == len(kinds)
+    assert compiled.explain()[0].name == "input_0_encoded"
+
+
+def test_modes_of_autograd_in_any_order():
+    model = Net(lambda m, x: m.b(m.a(x)).relu())
+    compiled = deltafx.compile(model, threshold=0)
+    x = torch.randn(1, 3, 8, 8)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+        for size in (8, 9):
+            with mode():
+                frame = torch.randn(1, 3, size, size)
+                out = compiled(frame)
+                compiled.reset(0)
+                compiled.thresholds.set_all(0)
+            assert not out.requires_grad
+            assert torch.allclose(out, model(frame.clone()), atol=1e-5)
+    assert torch.allclose(compiled(x.requires_grad_()), model(x), atol=1e-5)
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = Net(lambda m, x: m.b(m.a(x)).relu())
+    compiled = deltafx.compile(model, threshold=0)
+    x = torch.randn(1, 3, 8, 8)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_dtypes_without_operators_run_dense(dtype):
+    model = Net(lambda m, x: m.b(m.a(x).relu()).mean((2, 3))).to(dtype)
+    compiled = deltafx.compile(model)
+    for frame in clip(2, 3, 8, 8):
+        assert torch.equal(compiled(frame.to(dtype)), model(frame.to(dtype)))
+    assert {n.kind for n in compiled.explain()} == {"dense"}
+    assert str(dtype).split(".")[1] in str(compiled.explain())
+
+
+def test_bf16():
+    model = Net(lambda m, x: m.b(m.a(x).relu()))
+    model.to(torch.bfloat16)
+    compiled = deltafx.compile(model, threshold=0)
+    exact_over(model, compiled, [f.bfloat16() for f in clip(2, 3, 8, 8)])
