@@ -47,6 +47,7 @@ class _Compiled:
     frames: int = 0
     age: int = 0  # frames since the last refresh
     refreshing: bool = False
+    thresholds: Tensor | None = None  # those of a frame that is no refresh
     calibrated: bool = False
 
 
@@ -320,10 +321,18 @@ class DeltaModule(fx.GraphModule):
         self._thresholds_hold = False  # until all names have been found
         plan = self._current.instance.plan
         values = self.thresholds.resolve(tuple(plan.truncating), self._current.instance.frame_inputs)
-        if self._current.refreshing:
-            values = [0.0] * len(values)
-        self._current.buffers[THRESHOLDS].copy_(torch.tensor(values))
+        held = self._current.buffers[THRESHOLDS]
+        self._current.thresholds = torch.tensor(values, device=held.device)
+        self._hold_thresholds(self._current)
         self._thresholds_hold = True
+
+    def _hold_thresholds(self, compiled: _Compiled) -> None:
+        # From tensors of the same device: a frame that switches must not wait for it.
+        held = compiled.buffers[THRESHOLDS]
+        if compiled.refreshing or compiled.thresholds is None:
+            held.zero_()
+        else:
+            held.copy_(compiled.thresholds)
 
     def _refresh_if_due(self, compiled: _Compiled) -> None:
         """Every so many frames nothing is truncated, so that no value is stale for longer."""
@@ -331,7 +340,7 @@ class DeltaModule(fx.GraphModule):
         refreshing = every > 0 and compiled.age == 0
         if refreshing != compiled.refreshing:
             compiled.refreshing = refreshing
-            self._write_thresholds()
+            self._hold_thresholds(compiled)
         compiled.age = (compiled.age + 1) % every if every else 0
 
     def _calibrate_if_due(self, compiled: _Compiled) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Milliseconds a frame: median and quartiles over all timed frames."""
+    """Milliseconds a frame, over all timed frames: mean, median and quartiles."""
 
+    mean: float
     median: float
     low: float
     high: float
@@ -38,7 +39,7 @@ def time_frames(run: Callable[[Tensor], Any], clip: Sequence[Tensor], rounds: in
         torch.cuda.synchronize()
         times += [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
     low, _, high = statistics.quantiles(times, n=4)
-    return Timing(statistics.median(times), low, high, len(times))
+    return Timing(statistics.fmean(times), statistics.median(times), low, high, len(times))
 
 
 def error_of(output: Any, reference: Any) -> float:
