@@ -72,4 +72,58 @@ __device__ __forceinline__ void activate(const Activation& act, int c0, int coun
   }
 }
 
+// The same out of line, for kernels whose own code must stay small.
+static __device__ __noinline__ void activate_out_of_line(const Activation& act, int c0, int count,
+                                                         float (&v)[kVector]) {
+  activate(act, c0, count, v);
+}
+__device__ __forceinline__ void activate_any(const Activation& act, int c0, int count,
+                                             float (&v)[kVector]) {
+  float copy[kVector];  // the call wants memory, which v itself is better without
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) copy[i] = v[i];
+  activate_out_of_line(act, c0, count, copy);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) v[i] = copy[i];
+}
+
+// An activation that is a clamp, or the call for the others.
+struct FastActivation {
+  bool is_clamp;
+  float low, high;
+
+  __device__ explicit FastActivation(const Activation& act)
+      : is_clamp(act.kind == Act::identity || act.kind == Act::relu || act.kind == Act::relu6 ||
+                 act.kind == Act::hardtanh),
+        low(act.kind == Act::identity   ? -INFINITY
+            : act.kind == Act::hardtanh ? act.p[0]
+                                        : 0.f),
+        high(act.kind == Act::relu6 ? 6.f : act.kind == Act::hardtanh ? act.p[1] : INFINITY) {}
+
+  __device__ void apply(const Activation& act, int c0, int count, float (&v)[kVector]) const {
+    if (!is_clamp) return activate_any(act, c0, count, v);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = nan_min(nan_max(v[i], low), high);
+  }
+
+ private:
+  // A NaN stays one, as it does in torch and does not in fmaxf.
+  static __device__ float nan_max(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+    return a;
+#else
+    return a < b ? b : a;
+#endif
+  }
+  static __device__ float nan_min(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+    return a;
+#else
+    return a > b ? b : a;
+#endif
+  }
+};
+
 }  // namespace deltafx::cuda

@@ -178,6 +178,9 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
   p.pre_act = c.pre_act;
   p.acc_aligned = is_aligned(c.out.acc);
   p.residual_aligned = is_aligned(c.residual);
+  const auto scales = reinterpret_cast<uintptr_t>(c.bias) |
+                      reinterpret_cast<uintptr_t>(c.out.truncation.inv_scale);
+  p.scales_aligned = scales % 16 == 0 && c.out.acc.c % kVector == 0;
   p.list = list_in(launched.memory, sites);
   int64_t* op_counts = c.out.counts;
   for (const Phase& phase : conv_phases(g, dtype)) {

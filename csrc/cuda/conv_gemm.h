@@ -6,6 +6,9 @@
 
 namespace deltafx::cuda {
 
+// Bits for taps along an axis; a convolution with as many or more is gathered element by element.
+constexpr int kMostTaps = 16;
+
 struct GemmAxis {
   int stride, pad;
   bool transposed;
@@ -31,7 +34,7 @@ struct GemmParams {
   int depth;         // taps * cin
   int packed_depth;  // row length of the packed weights
   int cluster;       // blocks that may share one tile's depth
-  bool acc_aligned, residual_aligned;
+  bool acc_aligned, residual_aligned, scales_aligned;  // the last: bias and inv_scale
   CandidateList list;
 };
 

@@ -3,8 +3,7 @@
 // sites at once, before the sums are there: one site at a time would be bound by latency.
 #pragma once
 
-#include "cuda/conv_gemm.h"
-#include "cuda/conv_gemm_traits.cuh"
+#include "cuda/conv_gemm_loader.cuh"
 #include "cuda/update.cuh"
 
 namespace deltafx::cuda {
@@ -31,7 +30,6 @@ __device__ __forceinline__ float4 load_from_block(uint32_t address, int rank) {
 
 // Of a tile: which of its rows this block finishes, and whether the sums lie in all blocks.
 struct TileRows {
-  const int* sites;        // -1: none
   const int64_t* entries;  // in the candidate list
   int first, count;
   int parts;  // 1: the sums are this block's own
@@ -45,18 +43,22 @@ class GemmFinish {
   static constexpr int kBatch = sizeof(T) == 2 ? 4 : 2;          // times that for a fetch
 
  public:
-  __device__ GemmFinish(const GemmParams& p, const TileRows& rows, int first_column)
+  __device__ GemmFinish(const GemmParams& p, const GemmRow<T>* tile, const TileRows& rows,
+                        int first_column)
       : p_(p),
+        tile_(tile),
         rows_(rows),
+        act_(p.act),
         column_(static_cast<int>(threadIdx.x) / kGroupLanes % kGroups *
                     static_cast<int>(kTruncationGroup) +
                 static_cast<int>(threadIdx.x) % kGroupLanes * kVector),
         c0_(first_column + column_),
-        rule_(p.out, c0_, min(kVector, static_cast<int>(p.out.acc.c) - c0_)) {
+        rule_(p.out, c0_, min(kVector, static_cast<int>(p.out.acc.c) - c0_), p.scales_aligned) {
     static_assert(kUnits % kGroups == 0, "a thread keeps to its channels");
 #pragma unroll
-    for (int i = 0; i < kVector; ++i)
-      bias_[i] = p.bias != nullptr && i < rule_.count ? __ldg(p.bias + c0_ + i) : 0.f;
+    for (int i = 0; i < kVector; ++i) bias_[i] = 0.f;
+    if (p.bias != nullptr)
+      load_vector(p.bias + c0_, rule_.count, p.scales_aligned && rule_.count > 0, bias_);
     fetch(0);
   }
 
@@ -87,7 +89,7 @@ class GemmFinish {
       const int row = unit / kGroups;
       const bool inside = row < rows_.count;
       row_[b] = inside ? rows_.first + row : -1;
-      site_[b] = inside ? rows_.sites[rows_.first + row] : -1;
+      site_[b] = inside ? tile_[rows_.first + row].site : -1;
       if (site_[b] < 0 || rule_.count <= 0) continue;
       if (rule_.policy != Policy::none)
         load_packet(acc_at(site_[b]), p_.acc_aligned, old_[b]);
@@ -143,16 +145,16 @@ class GemmFinish {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) y[i] += bias_[i];
     if (p_.residual.data == nullptr || p_.residual_after_act)
-      activate(p_.act, c0_, rule_.count, y);
+      act_.apply(p_.act, c0_, rule_.count, y);
     if (p_.residual.data != nullptr) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) y[i] += to_float(residual_[b].elements[i]);
-      if (!p_.residual_after_act) activate(p_.act, c0_, rule_.count, y);
+      if (!p_.residual_after_act) act_.apply(p_.act, c0_, rule_.count, y);
     }
-    round_to<T>(y);
+    round_to<T>(y, rule_.count);
     float old[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) old[i] = to_float(old_[b].elements[i]);
+    for (int i = 0; i < kVector; ++i) old[i] = valid ? to_float(old_[b].elements[i]) : 0.f;
     const bool changed = rule_.changed(y, old) && site_[b] >= 0;
     if (changed && valid) store_vector(acc_at(site_[b]), rule_.count, p_.acc_aligned, y);
     return changed && rule_.size > 0.f;
@@ -179,7 +181,9 @@ class GemmFinish {
   }
 
   const GemmParams& p_;
+  const GemmRow<T>* tile_;
   TileRows rows_;
+  FastActivation act_;
   int column_, c0_;
   GroupRule rule_;
   float bias_[kVector];

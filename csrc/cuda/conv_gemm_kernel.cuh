@@ -5,7 +5,6 @@
 #pragma once
 
 #include "cuda/conv_gemm_finish.cuh"
-#include "cuda/conv_gemm_loader.cuh"
 
 namespace deltafx::cuda {
 
@@ -133,7 +132,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
   extern __shared__ __align__(128) char stages[];
   __shared__ typename ListReader<kThreads>::Shared list_shared;
-  __shared__ int sites[kRows];
+  __shared__ GemmRow<T> rows[kRows];
   __shared__ int64_t entries[kRows];
   __shared__ int active_total;
   const int tid = static_cast<int>(threadIdx.x);
@@ -165,18 +164,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     const int first_row = tile / column_tiles * kRows, first_column = tile % column_tiles * kColumns;
     for (int r = tid; r < kRows; r += kThreads) {
       const bool valid = first_row + r < reader.size();
-      entries[r] = valid ? reader.entry(first_row + r) : 0;
-      sites[r] = valid ? static_cast<int>(static_cast<uint32_t>(p.list.entries[entries[r]]) &
-                                          ~kActiveBit)
-                       : -1;
+      const int64_t entry = valid ? reader.entry(first_row + r) : 0;
+      entries[r] = entry;
+      rows[r] = GemmRow<T>(
+          p, valid ? static_cast<int>(static_cast<uint32_t>(p.list.entries[entry]) & ~kActiveBit)
+                   : -1);
     }
     __syncthreads();
 
-    GemmLoader<Traits> loader(p, sites, first_column, first_step, stages_address);
+    GemmLoader<Traits> loader(p, rows, first_column, first_step, stages_address);
     GemmWarp<Traits> total, warp;
     total.clear();
     warp.clear();
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < Traits::kStages - 1; ++s) {
       if (first_step + s < last_step) loader.load(s);
       commit_copies();
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     // The blocks of a split tile finish a part of its rows each.
     const int own_rows = split ? kRows / parts : kRows;
     GemmFinish<Traits> finish(
-        p, {sites, entries, split ? rank * own_rows : 0, own_rows, split ? parts : 1},
+        p, rows, {entries, split ? rank * own_rows : 0, own_rows, split ? parts : 1},
         first_column);
     wait_for_copies<0>();
     __syncthreads();
@@ -247,7 +247,8 @@ cudaError_t launch_gemm(GemmParams p, cudaStream_t stream) {
 template <class Math>
 cudaError_t launch_conv_gemm(const GemmParams& p, cudaStream_t stream) {
   using Chunks = GemmTraits<Math, Gather::chunks, false>;
-  const bool chunks = p.pre_scale == nullptr && p.x.c % Chunks::kChunkElements == 0 &&
+  const bool chunks = p.pre_scale == nullptr && p.y.phase.taps < kMostTaps &&
+                      p.x_axis.phase.taps < kMostTaps && p.x.c % Chunks::kChunkElements == 0 &&
                       p.x.ld % Chunks::kChunkElements == 0 &&
                       reinterpret_cast<uintptr_t>(p.x.data) % kChunkBytes == 0;
   if (!chunks) return launch_gemm<GemmTraits<Math, Gather::elements, false>>(p, stream);

@@ -29,11 +29,13 @@ struct Grid {
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
                    Args&&... args) {
-  if (grid.shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
+  // One division of L1 for all kernels: a multiprocessor has to run empty before it can change it.
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess && grid.shared_bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 grid.shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.rows));

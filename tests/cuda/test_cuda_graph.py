@@ -67,7 +67,7 @@ def test_shapes_and_weights_make_new_graphs() -> None:
 
 def test_thresholds_and_resets_reach_a_captured_frame() -> None:
     net, clip = small_net(), frames(6)
-    model = deltafx.compile(net, threshold=0)
+    model = deltafx.compile(net, threshold=0, refresh_every=0)
     for frame in clip:
         model(frame)
     model.thresholds.set_all(1e6)
@@ -84,8 +84,8 @@ class Synchronizing(nn.Module):
         self.conv = nn.Conv2d(3, 8, 3, 1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.conv(x)
-        return torch.masked_select(y, y > 0)
+        y = self.conv(x)[:, 0, :8, :8]
+        return torch.linalg.inv(y @ y.transpose(1, 2) + torch.eye(8, device=x.device))
 
 
 def test_what_cannot_be_captured_runs_without() -> None:
@@ -98,7 +98,7 @@ def test_what_cannot_be_captured_runs_without() -> None:
     assert [w.category for w in seen].count(CudaGraphWarning) == 1
     assert captured(model).failure
     for a, b in outputs:
-        assert abs(len(a) - len(b)) <= 8
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
 def test_a_frame_neither_waits_nor_allocates() -> None:
