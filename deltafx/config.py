@@ -34,6 +34,7 @@ class Config:
         scale_floor: A channel's scale is at least this share of its layer's mean scale.
         max_states: How many states (one for each shape, dtype and device of the input) are kept;
             the least recently used is dropped.
+        cuda_graph: Whether a frame on a CUDA device is launched as one CUDA graph.
     """
 
     threshold: float = 0.095
@@ -44,6 +45,7 @@ class Config:
     refresh_every: int = 6
     scale_floor: float = 0.05
     max_states: int = 4
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -70,6 +72,8 @@ class Config:
         floor = self.scale_floor
         if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor <= 1:
             raise InvalidOptionError(f"scale_floor must be in (0, 1], not {floor!r}")
+        if not isinstance(self.cuda_graph, bool):
+            raise InvalidOptionError(f"cuda_graph must be a bool, not {self.cuda_graph!r}")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Config:

@@ -45,3 +45,7 @@ class UnknownModelError(DeltafxError, LookupError):
 
 class VideoError(DeltafxError, OSError):
     """A video cannot be opened, decoded or written."""
+
+
+class CudaGraphWarning(UserWarning):
+    """A model's frames cannot be captured as a CUDA graph; they are right, and slower."""

@@ -11,6 +11,8 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from deltafx import calibration
 from deltafx.config import Config
+from deltafx.cuda_graph import FrameGraph
 from deltafx.errors import InvalidInputError, NotCompiledError, TrainModeError, UnknownNodeError
 from deltafx.passes.emit_instance import Instance, emit_instance
 from deltafx.passes.trace_model import TracedModel, trace_model
@@ -46,6 +49,7 @@ class _Compiled:
     frames: int = 0
     age: int = 0  # frames since the last refresh
     refreshing: bool = False
+    thresholds: Tensor | None = None  # those of a frame that is no refresh
     calibrated: bool = False
 
 
@@ -84,7 +88,10 @@ class DeltaModule(fx.GraphModule):
         self._weight_groups: list[dict[str, Any]] = [
             group for m in model.modules() for group in (m._parameters, m._buffers) if group
         ]
-        self._weights_seen: list[int] = []
+        self._held: list[Tensor | None] = []  # what the groups hold, to see replaced tensors
+        self._weights: list[Tensor] = []
+        self._versioned: list[Tensor] = []
+        self._weights_seen: tuple[int, ...] = ()
         super().train(False)
 
     def recompile(self) -> Any:
@@ -293,6 +300,8 @@ class DeltaModule(fx.GraphModule):
         self._buffers.update(buffers)
         self.graph = instance.graph
         run = type(self).run_graph  # type: ignore[attr-defined]
+        if self.config.cuda_graph and instance.plan.device.type == "cuda":
+            run = FrameGraph(run, self.graph, buffers)
         compiled = _Compiled(
             instance, buffers, self.graph, self.code, run, SimpleNamespace(**buffers)
         )
@@ -317,10 +326,18 @@ class DeltaModule(fx.GraphModule):
         self._thresholds_hold = False  # until all names have been found
         plan = self._current.instance.plan
         values = self.thresholds.resolve(tuple(plan.truncating), self._current.instance.frame_inputs)
-        if self._current.refreshing:
-            values = [0.0] * len(values)
-        self._current.buffers[THRESHOLDS].copy_(torch.tensor(values))
+        held = self._current.buffers[THRESHOLDS]
+        self._current.thresholds = torch.tensor(values, device=held.device)
+        self._hold_thresholds(self._current)
         self._thresholds_hold = True
+
+    def _hold_thresholds(self, compiled: _Compiled) -> None:
+        # From tensors of the same device: a frame that switches must not wait for it.
+        held = compiled.buffers[THRESHOLDS]
+        if compiled.refreshing or compiled.thresholds is None:
+            held.zero_()
+        else:
+            held.copy_(compiled.thresholds)
 
     def _refresh_if_due(self, compiled: _Compiled) -> None:
         """Every so many frames nothing is truncated, so that no value is stale for longer."""
@@ -328,7 +345,7 @@ class DeltaModule(fx.GraphModule):
         refreshing = every > 0 and compiled.age == 0
         if refreshing != compiled.refreshing:
             compiled.refreshing = refreshing
-            self._write_thresholds()
+            self._hold_thresholds(compiled)
         compiled.age = (compiled.age + 1) % every if every else 0
 
     def _calibrate_if_due(self, compiled: _Compiled) -> None:
@@ -346,18 +363,20 @@ class DeltaModule(fx.GraphModule):
 
     def _follow_weights(self) -> None:
         """Drops everything that was made of weights which have changed since."""
-        seen: list[int] = []
-        for group in self._weight_groups:
-            for tensor in group.values():
-                if tensor is not None:
-                    seen.append(id(tensor))
-                    seen.append(tensor.data_ptr())  # `p.data = ...`, as model.to() does
-                    if not tensor.is_inference():  # those cannot be written to
-                        seen.append(tensor._version)
+        held = list(chain.from_iterable(map(dict.values, self._weight_groups)))
+        if not (len(held) == len(self._held) and all(map(is_, held, self._held))):
+            self._held = held
+            self._weights = [t for t in held if t is not None]
+            # Inference tensors cannot be written to, and have no version.
+            self._versioned = [t for t in self._weights if not t.is_inference()]
+        seen = (*map(_VERSION, self._versioned), *map(Tensor.data_ptr, self._weights))
         if seen != self._weights_seen:
             if self._weights_seen:
                 self._forget()
             self._weights_seen = seen
+
+
+_VERSION = attrgetter("_version")
 
 
 def _signature(bound: tuple[Any, ...]) -> Signature:

@@ -19,8 +19,8 @@ DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-void check_cpu_dtype(DType dtype) {
-  TORCH_CHECK_TYPE(dtype != DType::f16,
+void check_dtype_on(const Tensor& t, DType dtype) {
+  TORCH_CHECK_TYPE(!t.is_cpu() || dtype != DType::f16,
                    "deltafx: the CPU operators take float32 and bfloat16, not float16");
 }
 

@@ -17,7 +17,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& t, const char* name);
 // The CPU kernels compute in fp32 and store fp32 or bf16.
-void check_cpu_dtype(DType dtype);
+void check_dtype_on(const Tensor& t, DType dtype);
 // t: [N, C, H, W], channels_last or a channel slice of a channels_last tensor, fp32 / bf16 / fp16.
 FeatureMap feature_map(const Tensor& t, const char* name);
 // t: bool [n, h, w], contiguous, where `like` has n streams of h x w sites.

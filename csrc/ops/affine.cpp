@@ -1,6 +1,12 @@
+<<<<<<< HEAD
 // deltafx::affine: y = act(x * scale[c] + shift[c]). A batch norm that could not be folded, or,
 // with neither scale nor shift, an activation by itself.
 #include "cpu/kernels.h"
+=======
+// deltafx::affine: y = act(x * scale[c] + shift[c]). A batch norm that could not be folded, or, with
+// neither scale nor shift, an activation by itself.
+#include "ops/dispatch.h"
+>>>>>>> cuda
 #include "ops/schema.h"
 
 namespace deltafx {
@@ -13,12 +19,12 @@ void affine(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
             const OptionalTensor& threshold, c10::string_view policy) {
   AffineParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
-  check_cpu_dtype(p.out.acc.dtype);
+  check_dtype_on(acc, p.out.acc.dtype);
   p.act = activation_of(act, act_params, act_weight, p.out.acc.c);
   p.x = input_like(x, x_mask, acc, true);
   p.scale = floats_of(scale, p.out.acc.c, acc, "scale");
   p.shift = floats_of(shift, p.out.acc.c, acc, "shift");
-  kernels().affine(p);
+  DELTAFX_RUN(affine, p, acc);
 }
 
 }  // namespace
@@ -28,6 +34,6 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
         "Tensor x, Tensor x_mask, Tensor? scale, Tensor? shift, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deltafx, CPU, m) { m.impl("affine", affine); }
+DELTAFX_IMPL(m.impl("affine", affine))
 
 }  // namespace deltafx

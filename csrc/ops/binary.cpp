@@ -1,6 +1,6 @@
 // deltafx::binary: add, sub, mul or div of two feature maps, or of a feature map and a gate that is
 // broadcast over space, over channels, or over both. An active gate makes its stream a candidate.
-#include "cpu/kernels.h"
+#include "ops/dispatch.h"
 #include "ops/schema.h"
 
 namespace deltafx {
@@ -20,7 +20,7 @@ Operand operand_of(const Tensor& t, const OptionalTensor& mask, const Tensor& ac
                    const char* name) {
   check_same_device(t, acc, name);
   Operand operand{t.data_ptr(), dtype_of(t, name), 0, 0, 0, {nullptr, 0, 0, 0}};
-  if (t.is_cpu()) check_cpu_dtype(operand.dtype);
+  check_dtype_on(t, operand.dtype);
   TORCH_CHECK_VALUE(t.dim() <= 4, "deltafx: ", name, " has more than 4 dimensions");
   int64_t size[4], stride[4];
   for (int64_t axis = 0; axis < 4; ++axis) {
@@ -56,12 +56,12 @@ void binary(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
             const OptionalTensor& threshold, c10::string_view policy) {
   BinaryParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
-  check_cpu_dtype(p.out.acc.dtype);
+  check_dtype_on(acc, p.out.acc.dtype);
   p.act = activation_of(act, act_params, act_weight, p.out.acc.c);
   p.a = operand_of(a, a_mask, acc, "a");
   p.b = operand_of(b, b_mask, acc, "b");
   p.op = op_of(op);
-  kernels().binary(p);
+  DELTAFX_RUN(binary, p, acc);
 }
 
 }  // namespace
@@ -71,6 +71,6 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
         "Tensor a, Tensor? a_mask, Tensor b, Tensor? b_mask, str op, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deltafx, CPU, m) { m.impl("binary", binary); }
+DELTAFX_IMPL(m.impl("binary", binary))
 
 }  // namespace deltafx

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include "ops/conv_args.h"
+#include "ops/dispatch.h"
 
 namespace deltafx {
 namespace {
@@ -35,10 +36,11 @@ void conv2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
   p.pre_scale = floats_of(pre_scale, p.x.c, acc, "pre_scale");
   p.pre_shift = floats_of(pre_shift, p.x.c, acc, "pre_shift");
   p.pre_act = activation_of(pre_act, {}, {}, p.x.c);
-  conv(p);
+  run_conv(p, weight, acc);
 }
 
-// The schemas say what `weight` of conv2d and conv_transpose2d is only by this operator.
+// The schemas say what `weight` of conv2d and conv_transpose2d is only by this operator: packed for
+// the device that it is on, and on CUDA for the dtype that it has.
 Tensor pack_conv_weight_op(const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
                            at::IntArrayRef dilation, int64_t groups, bool transposed) {
   TORCH_CHECK_VALUE(weight.dim() == 4, "deltafx: weight must be [O, I / groups, kh, kw], not of ",
@@ -55,6 +57,9 @@ Tensor pack_conv_weight_op(const Tensor& weight, at::IntArrayRef stride, at::Int
                               transposed ? b : a,
                               groups,
                               transposed};
+#ifdef DELTAFX_CUDA
+  if (weight.is_cuda()) return pack_conv_weight_on_cuda(geometry, weight);
+#endif
   const Tensor plain = weight.to(at::kFloat).contiguous();
   Tensor packed = at::empty({conv_weight_size(geometry)}, plain.options());
   pack_conv_weight(geometry, plain.const_data_ptr<float>(), packed.mutable_data_ptr<float>());
@@ -76,9 +81,6 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
       "int groups, bool transposed) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deltafx, CPU, m) {
-  m.impl("conv2d", conv2d);
-  m.impl("pack_conv_weight", pack_conv_weight_op);
-}
+DELTAFX_IMPL(m.impl("conv2d", conv2d); m.impl("pack_conv_weight", pack_conv_weight_op))
 
 }  // namespace deltafx

@@ -1,12 +1,20 @@
 #include "ops/conv_args.h"
 
+#include "ops/dispatch.h"
+
+#ifdef DELTAFX_CUDA
+#include <ATen/Context.h>
+
+#include "cuda/conv.h"
+#endif
+
 namespace deltafx {
 
 ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Window& window_x,
                        int64_t groups, bool transposed) {
   ConvParams p{};
   p.out = output_of(args.acc, args.mask, args.counts, args.inv_scale, args.threshold, args.policy);
-  check_cpu_dtype(p.out.acc.dtype);
+  check_dtype_on(args.acc, p.out.acc.dtype);
   check_same_device(args.x, args.acc, "x");
   p.x = feature_map(args.x, "x");
   TORCH_CHECK_TYPE(p.x.dtype == p.out.acc.dtype, "deltafx: x is ", args.x.scalar_type(),
@@ -19,7 +27,10 @@ ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Windo
                     "deltafx: groups must divide the channels of x (", p.x.c,
                     ") and of the accumulator (", p.out.acc.c, "), not be ", groups);
   p.geometry = {window_y, window_x, p.x.c, p.out.acc.c, groups, transposed};
+<<<<<<< HEAD
   p.weight = floats_of(args.weight, conv_weight_size(p.geometry), args.acc, "weight");
+=======
+>>>>>>> cuda
   p.bias = floats_of(args.bias, p.out.acc.c, args.acc, "bias");
   TORCH_CHECK_VALUE(args.residual.has_value() || !args.residual_mask.has_value(),
                     "deltafx: residual_mask goes with a residual");
@@ -39,6 +50,34 @@ ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Windo
   p.residual_after_act = args.residual_after_act;
   p.act = activation_of(args.act, args.act_params, args.act_weight, p.out.acc.c);
   return p;
+}
+
+#ifdef DELTAFX_CUDA
+namespace {
+
+void run_conv_on_cuda(const ConvParams& p, const Tensor& weight, const Tensor& acc) {
+  check_same_device(weight, acc, "weight");
+  TORCH_CHECK_TYPE(weight.scalar_type() == acc.scalar_type(), "deltafx: weight is packed in ",
+                   weight.scalar_type(), " but the accumulator is ", acc.scalar_type());
+  const int64_t size = cuda::packed_size(p.geometry, p.out.acc.dtype);
+  TORCH_CHECK_VALUE(weight.numel() == size && weight.is_contiguous(),
+                    "deltafx: weight must be packed, of ", size, " elements, not ", weight.sizes());
+  const bool allow_tf32 = at::globalContext().allowTF32CuDNN();
+  run_on_cuda(acc, cuda::list_ints(p.out.acc.sites()) + p.out.acc.n,
+              [&](int32_t* memory, cudaStream_t stream) {
+                return cuda::conv({p, weight.const_data_ptr(), allow_tf32, memory}, stream);
+              });
+}
+
+}  // namespace
+#endif
+
+void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc) {
+#ifdef DELTAFX_CUDA
+  if (acc.is_cuda()) return run_conv_on_cuda(p, weight, acc);
+#endif
+  p.weight = floats_of(weight, conv_layout(p.geometry).size, acc, "weight");
+  conv(p);
 }
 
 }  // namespace deltafx

@@ -1,6 +1,7 @@
 // deltafx::conv_transpose2d: transposed convolution + bias + residual + activation at the
 // candidates, with the update rule as its epilogue.
 #include "ops/conv_args.h"
+#include "ops/dispatch.h"
 
 namespace deltafx {
 namespace {
@@ -18,7 +19,7 @@ void conv_transpose2d(const Tensor& acc, const Tensor& mask, const Tensor& count
   const Window wx = window_of(kernel, stride, padding, dilation, 1);
   TORCH_CHECK_VALUE(output_padding.size() == 2 && output_padding[0] >= 0 && output_padding[1] >= 0,
                     "deltafx: output_padding must have 2 elements, not negative");
-  const ConvParams p = conv_params(
+  ConvParams p = conv_params(
       {acc, mask, counts, x, x_mask, weight, bias, residual, residual_mask, residual_after_act, act,
        act_params, act_weight, inv_scale, threshold, policy},
       wy, wx, groups, /*transposed=*/true);
@@ -29,7 +30,7 @@ void conv_transpose2d(const Tensor& acc, const Tensor& mask, const Tensor& count
   TORCH_CHECK_VALUE(p.out.acc.h == h && p.out.acc.w == w, "deltafx: the accumulator is ",
                     p.out.acc.h, " x ", p.out.acc.w,
                     " but this transposed convolution of x gives ", h, " x ", w);
-  conv(p);
+  run_conv(p, weight, acc);
 }
 
 }  // namespace
@@ -43,6 +44,6 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
       "Tensor? inv_scale, Tensor? threshold, str policy) -> ()",
       {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deltafx, CPU, m) { m.impl("conv_transpose2d", conv_transpose2d); }
+DELTAFX_IMPL(m.impl("conv_transpose2d", conv_transpose2d))
 
 }  // namespace deltafx

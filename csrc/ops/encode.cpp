@@ -1,6 +1,5 @@
 // deltafx::encode: how a dense tensor enters the delta world. Every site is a candidate.
-#include "common/checks.h"
-#include "cpu/kernels.h"
+#include "ops/dispatch.h"
 
 namespace deltafx {
 namespace {
@@ -21,8 +20,12 @@ void encode(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
   p.stride_h = x.stride(2);
   p.stride_w = x.stride(3);
   p.block = block;
-  check_cpu_dtype(p.dtype);
-  check_cpu_dtype(p.out.acc.dtype);
+  check_dtype_on(x, p.dtype);
+  check_dtype_on(acc, p.out.acc.dtype);
+#ifdef DELTAFX_CUDA
+  if (acc.is_cuda())
+    return run_on_cuda(acc, 0, [&](int32_t*, cudaStream_t stream) { return cuda::encode(p, stream); });
+#endif
   kernels().encode(p);
 }
 
@@ -34,6 +37,6 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
       "Tensor? inv_scale, Tensor? threshold, str policy) -> ()",
       {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deltafx, CPU, m) { m.impl("encode", encode); }
+DELTAFX_IMPL(m.impl("encode", encode))
 
 }  // namespace deltafx

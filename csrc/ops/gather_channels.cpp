@@ -1,6 +1,12 @@
+<<<<<<< HEAD
 // deltafx::gather_channels: y[c] = act(x[index[c]]). A channel shuffle, or, without an index, a
 // copy into a slice of a concatenation.
 #include "cpu/kernels.h"
+=======
+// deltafx::gather_channels: y[c] = act(x[index[c]]). A channel shuffle, or, without an index, a copy
+// into a slice of a concatenation.
+#include "ops/dispatch.h"
+>>>>>>> cuda
 #include "ops/schema.h"
 
 namespace deltafx {
@@ -13,7 +19,7 @@ void gather_channels(const Tensor& acc, const Tensor& mask, const Tensor& counts
                      c10::string_view policy) {
   GatherParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
-  check_cpu_dtype(p.out.acc.dtype);
+  check_dtype_on(acc, p.out.acc.dtype);
   p.act = activation_of(act, act_params, act_weight, p.out.acc.c);
   p.x = input_of(x, x_mask, acc);
   const int64_t c = p.x.map.c;
@@ -27,7 +33,7 @@ void gather_channels(const Tensor& acc, const Tensor& mask, const Tensor& counts
       TORCH_CHECK_INDEX(i >= 0 && i < c, "deltafx: index ", i, " is not a channel of ", c);
     p.index = index->data();
   }
-  kernels().gather_channels(p);
+  DELTAFX_RUN(gather_channels, p, acc);
 }
 
 }  // namespace
@@ -36,6 +42,6 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def("gather_channels(" DELTAFX_HEAD "Tensor x, Tensor x_mask, int[]? index, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deltafx, CPU, m) { m.impl("gather_channels", gather_channels); }
+DELTAFX_IMPL(m.impl("gather_channels", gather_channels))
 
 }  // namespace deltafx

@@ -1,6 +1,12 @@
+<<<<<<< HEAD
 // deltafx::global_pool2d: the mean over all sites of a stream. `partial` keeps exact sums over
 // tiles of kPoolTile consecutive sites; a tile with an active site is summed anew, never added to.
 #include "cpu/kernels.h"
+=======
+// deltafx::global_pool2d: the mean over all sites of a stream. `partial` keeps exact sums over tiles
+// of kPoolTile consecutive sites; a tile with an active site is summed anew, never added to.
+#include "ops/dispatch.h"
+>>>>>>> cuda
 #include "ops/schema.h"
 
 namespace deltafx {
@@ -13,7 +19,7 @@ void global_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts,
                    const OptionalTensor& threshold, c10::string_view policy) {
   GlobalPoolParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
-  check_cpu_dtype(p.out.acc.dtype);
+  check_dtype_on(acc, p.out.acc.dtype);
   TORCH_CHECK_VALUE(acc.size(2) == 1 && acc.size(3) == 1, "deltafx: the accumulator must be ",
                     "[N, C, 1, 1], not ", acc.sizes());
   p.act = activation_of(act, act_params, act_weight, p.out.acc.c);
@@ -26,6 +32,13 @@ void global_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts,
                     "deltafx: partial must be contiguous of [", p.x.map.n, ", ", tiles, ", ",
                     p.x.map.c, "], not ", partial.sizes());
   p.partial = static_cast<float*>(partial.data_ptr());
+#ifdef DELTAFX_CUDA
+  if (acc.is_cuda())
+    return run_on_cuda(acc, cuda::list_ints(p.out.acc.sites()) + p.x.map.n * tiles,
+                       [&](int32_t* memory, cudaStream_t stream) {
+                         return cuda::global_pool2d(p, memory, stream);
+                       });
+#endif
   kernels().global_pool2d(p);
 }
 
@@ -35,6 +48,6 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def("global_pool2d(" DELTAFX_HEAD "Tensor(d!) partial, Tensor x, Tensor x_mask, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deltafx, CPU, m) { m.impl("global_pool2d", global_pool2d); }
+DELTAFX_IMPL(m.impl("global_pool2d", global_pool2d))
 
 }  // namespace deltafx

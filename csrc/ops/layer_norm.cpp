@@ -1,6 +1,6 @@
 // deltafx::layer_norm: normalizes the channels of each site (the channels_last layer norm of
 // ConvNeXt), y = act((x - mean) / sqrt(var + eps) * weight[c] + bias[c]).
-#include "cpu/kernels.h"
+#include "ops/dispatch.h"
 #include "ops/schema.h"
 
 namespace deltafx {
@@ -13,13 +13,13 @@ void layer_norm(const Tensor& acc, const Tensor& mask, const Tensor& counts, con
                 const OptionalTensor& threshold, c10::string_view policy) {
   LayerNormParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
-  check_cpu_dtype(p.out.acc.dtype);
+  check_dtype_on(acc, p.out.acc.dtype);
   p.act = activation_of(act, act_params, act_weight, p.out.acc.c);
   p.x = input_like(x, x_mask, acc, true);
   p.weight = floats_of(weight, p.out.acc.c, acc, "weight");
   p.bias = floats_of(bias, p.out.acc.c, acc, "bias");
   p.eps = static_cast<float>(eps);
-  kernels().layer_norm(p);
+  DELTAFX_RUN(layer_norm, p, acc);
 }
 
 }  // namespace
@@ -29,6 +29,6 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
         "Tensor x, Tensor x_mask, Tensor? weight, Tensor? bias, float eps, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deltafx, CPU, m) { m.impl("layer_norm", layer_norm); }
+DELTAFX_IMPL(m.impl("layer_norm", layer_norm))
 
 }  // namespace deltafx

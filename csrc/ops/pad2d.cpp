@@ -1,6 +1,6 @@
 // deltafx::pad2d: constant padding (left, right, top, bottom; negative crops). The border does not
 // depend on the input: it is written when the accumulator lost it (holds NaN), and left otherwise.
-#include "cpu/kernels.h"
+#include "ops/dispatch.h"
 #include "ops/schema.h"
 
 namespace deltafx {
@@ -11,7 +11,7 @@ void pad2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Te
            const OptionalTensor& threshold, c10::string_view policy) {
   PadParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
-  check_cpu_dtype(p.out.acc.dtype);
+  check_dtype_on(acc, p.out.acc.dtype);
   p.x = input_like(x, x_mask, acc, false);
   TORCH_CHECK_VALUE(pad.size() == 4, "deltafx: pad must have 4 elements, not ", pad.size());
   TORCH_CHECK_VALUE(
@@ -20,7 +20,7 @@ void pad2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Te
   p.left = pad[0];
   p.top = pad[2];
   p.value = static_cast<float>(value);
-  kernels().pad2d(p);
+  DELTAFX_RUN(pad2d, p, acc);
 }
 
 }  // namespace
@@ -30,6 +30,6 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
         "Tensor x, Tensor x_mask, int[4] pad, float value, " DELTAFX_TRUNCATION,
         {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deltafx, CPU, m) { m.impl("pad2d", pad2d); }
+DELTAFX_IMPL(m.impl("pad2d", pad2d))
 
 }  // namespace deltafx

@@ -2,8 +2,8 @@
 // output size is the accumulator's, so ceil_mode needs no flag.
 #include <algorithm>
 
-#include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "ops/dispatch.h"
 #include "ops/schema.h"
 
 namespace deltafx {
@@ -42,6 +42,26 @@ PoolAxis adaptive_axis(int64_t in, int64_t out, int32_t* table) {
   return {begin, end, divisor, 1};
 }
 
+#ifdef DELTAFX_CUDA
+cuda::PoolRule window_rule(const Window& w, int64_t in, int64_t out, bool count_include_pad,
+                           int64_t divisor) {
+  return {static_cast<int>(in),       static_cast<int>(out),        static_cast<int>(w.kernel),
+          static_cast<int>(w.stride), static_cast<int>(w.pad),      static_cast<int>(w.dilation),
+          count_include_pad,          static_cast<int>(divisor)};
+}
+
+cuda::PoolRule adaptive_rule(int64_t in, int64_t out) {
+  return window_rule({0, 1, 0, 1}, in, out, false, 0);
+}
+
+void pool_on_cuda(const PoolParams& p, const Tensor& acc, const cuda::PoolRule& y,
+                  const cuda::PoolRule& x) {
+  run_on_cuda(acc, cuda::list_ints(p.out.acc.sites()), [&](int32_t* memory, cudaStream_t stream) {
+    return cuda::pool2d(p, y, x, memory, stream);
+  });
+}
+#endif
+
 PoolParams params_of(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
                      const Tensor& x_mask, c10::string_view kind, c10::string_view act,
                      c10::ArrayRef<double> act_params, const OptionalTensor& act_weight,
@@ -49,7 +69,7 @@ PoolParams params_of(const Tensor& acc, const Tensor& mask, const Tensor& counts
                      c10::string_view policy) {
   PoolParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
-  check_cpu_dtype(p.out.acc.dtype);
+  check_dtype_on(acc, p.out.acc.dtype);
   p.act = activation_of(act, act_params, act_weight, p.out.acc.c);
   p.x = input_like(x, x_mask, acc, false);
   p.maximum = is_maximum(kind);
@@ -73,6 +93,14 @@ void pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
                         (*divisor_override > 0 && *divisor_override < (int64_t{1} << 31)),
                     "deltafx: divisor_override must be positive and below 2^31");
   const int64_t h = p.out.acc.h, w = p.out.acc.w;
+#ifdef DELTAFX_CUDA
+  // As below, an override is the divisor of the rows, and the columns' is 1.
+  const int64_t divisor = divisor_override.value_or(0);
+  if (acc.is_cuda())
+    return pool_on_cuda(
+        p, acc, window_rule(p.window_y, p.x.map.h, h, count_include_pad, divisor),
+        window_rule(p.window_x, p.x.map.w, w, count_include_pad, divisor == 0 ? 0 : 1));
+#endif
   int32_t* table = scratch_of<int32_t>(Scratch::tile, 3 * (h + w));
   p.y = window_axis(p.window_y, p.x.map.h, h, count_include_pad, table);
   p.x_axis = window_axis(p.window_x, p.x.map.w, w, count_include_pad, table + 3 * h);
@@ -91,6 +119,10 @@ void adaptive_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts
   PoolParams p = params_of(acc, mask, counts, x, x_mask, kind, act, act_params, act_weight,
                            inv_scale, threshold, policy);
   const int64_t h = p.out.acc.h, w = p.out.acc.w;
+#ifdef DELTAFX_CUDA
+  if (acc.is_cuda())
+    return pool_on_cuda(p, acc, adaptive_rule(p.x.map.h, h), adaptive_rule(p.x.map.w, w));
+#endif
   int32_t* table = scratch_of<int32_t>(Scratch::tile, 3 * (h + w));
   p.y = adaptive_axis(p.x.map.h, h, table);
   p.x_axis = adaptive_axis(p.x.map.w, w, table + 3 * h);
@@ -107,9 +139,6 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def("adaptive_pool2d(" DELTAFX_HEAD "Tensor x, Tensor x_mask, str kind, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deltafx, CPU, m) {
-  m.impl("pool2d", pool2d);
-  m.impl("adaptive_pool2d", adaptive_pool2d);
-}
+DELTAFX_IMPL(m.impl("pool2d", pool2d); m.impl("adaptive_pool2d", adaptive_pool2d))
 
 }  // namespace deltafx

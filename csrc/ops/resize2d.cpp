@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "ops/dispatch.h"
 #include "ops/schema.h"
 
 namespace deltafx {
@@ -27,11 +27,14 @@ void nearest(int64_t in, int64_t out, bool exact, std::optional<double> scale, i
   }
 }
 
+float linear_step(int64_t in, int64_t out, bool align_corners, std::optional<double> scale) {
+  if (!align_corners) return step_of(in, out, scale);
+  return out > 1 ? static_cast<float>(in - 1) / static_cast<float>(out - 1) : 0.f;
+}
+
 void linear(int64_t in, int64_t out, bool align_corners, std::optional<double> scale,
             int32_t* first, int32_t* last, float* lambda) {
-  float step = step_of(in, out, scale);
-  if (align_corners)
-    step = out > 1 ? static_cast<float>(in - 1) / static_cast<float>(out - 1) : 0.f;
+  const float step = linear_step(in, out, align_corners, scale);
   for (int64_t o = 0; o < out; ++o) {
     const float at = static_cast<float>(o);
     // Fused, as ATen's vectorized build contracts it: an ulp here is 1e-6 in the weights.
@@ -52,7 +55,7 @@ void resize2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const
               c10::string_view policy) {
   ResizeParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
-  check_cpu_dtype(p.out.acc.dtype);
+  check_dtype_on(acc, p.out.acc.dtype);
   p.act = activation_of(act, act_params, act_weight, p.out.acc.c);
   p.x = input_like(x, x_mask, acc, false);
   p.linear = kind == "bilinear";
@@ -61,6 +64,24 @@ void resize2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const
                     "'");
   TORCH_CHECK_VALUE(p.linear || !align_corners, "deltafx: align_corners goes with 'bilinear'");
   const int64_t h = p.out.acc.h, w = p.out.acc.w;
+#ifdef DELTAFX_CUDA
+  if (acc.is_cuda()) {
+    const cuda::Sampling sampling = p.linear ? align_corners ? cuda::Sampling::linear_corners
+                                                             : cuda::Sampling::linear
+                                    : kind == "nearest" ? cuda::Sampling::nearest
+                                                        : cuda::Sampling::nearest_exact;
+    const auto rule = [&](int64_t in, int64_t out, std::optional<double> scale) {
+      const float step =
+          p.linear ? linear_step(in, out, align_corners, scale) : step_of(in, out, scale);
+      return cuda::ResizeRule{static_cast<int>(in), static_cast<int>(out), sampling, step};
+    };
+    return run_on_cuda(acc, cuda::list_ints(p.out.acc.sites()),
+                       [&](int32_t* memory, cudaStream_t stream) {
+                         return cuda::resize2d(p, rule(p.x.map.h, h, scale_h),
+                                               rule(p.x.map.w, w, scale_w), memory, stream);
+                       });
+  }
+#endif
   int32_t* table = scratch_of<int32_t>(Scratch::tile, 3 * (h + w));
   int32_t *y0 = table, *y1 = y0 + h, *x0 = y1 + h, *x1 = x0 + w;
   float *ly = reinterpret_cast<float*>(x1 + w), *lx = ly + h;
@@ -86,6 +107,6 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
         "float? scale_w, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(deltafx, CPU, m) { m.impl("resize2d", resize2d); }
+DELTAFX_IMPL(m.impl("resize2d", resize2d))
 
 }  // namespace deltafx

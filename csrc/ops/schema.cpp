@@ -6,7 +6,7 @@ Input input_of(const Tensor& x, const Tensor& x_mask, const Tensor& acc) {
   check_same_device(x, acc, "x");
   check_same_device(x_mask, acc, "x_mask");
   Input input{feature_map(x, "x"), {}};
-  if (x.is_cpu()) check_cpu_dtype(input.map.dtype);
+  check_dtype_on(x, input.map.dtype);
   input.mask = mask_of(x_mask, input.map, "x_mask");
   TORCH_CHECK_VALUE(x.size(0) == acc.size(0), "deltafx: x has ", x.size(0),
                     " streams but the accumulator ", acc.size(0));

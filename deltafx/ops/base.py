@@ -131,6 +131,16 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
+def packable(weight: Tensor, node: fx.Node) -> Tensor:
+    """A convolution's weight as `pack_conv_weight` wants it for the device of a node's result.
+
+    The CUDA kernels multiply in the dtype of the feature maps, those of the CPU in fp32.
+    """
+    result = value(node)
+    dtype = result.dtype if result.is_cuda else weight.dtype
+    return weight.to(result.device, dtype).contiguous()
+
+
 def like(t: Tensor | None, x: Tensor) -> Tensor | None:
     """`t` in the dtype of `x`, for a dense function to compute in."""
     return None if t is None else t.to(x.dtype)

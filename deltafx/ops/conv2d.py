@@ -27,8 +27,8 @@ from deltafx.ops.base import (
     constant,
     is_map,
     like,
+    packable,
     pair,
-    value,
 )
 
 aten = torch.ops.aten
@@ -134,9 +134,8 @@ def prepare(node: fx.Node, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Packs the weight for the kernels and says what its shape was."""
     weight = kwargs["weight"]
     geometry = [list(kwargs.get(k, d)) for k, d in _GEOMETRY.items()]
-    device = value(node).device
     packed = torch.ops.deltafx.pack_conv_weight(
-        weight.to(device).contiguous(), *geometry, kwargs.get("groups", 1), False
+        packable(weight, node), *geometry, kwargs.get("groups", 1), False
     )
     return {**kwargs, "weight": packed, "kernel": list(weight.shape[2:])}
 

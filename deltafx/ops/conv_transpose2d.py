@@ -23,6 +23,7 @@ from deltafx.ops.base import (
     constant,
     is_map,
     like,
+    packable,
     pair,
     value,
 )
@@ -133,7 +134,7 @@ def prepare(node: fx.Node, kwargs: dict[str, Any]) -> dict[str, Any]:
         for k, d in {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}.items()
     ]
     packed = torch.ops.deltafx.pack_conv_weight(
-        weight.to(value(node).device).contiguous(), *geometry, kwargs.get("groups", 1), True
+        packable(weight, node), *geometry, kwargs.get("groups", 1), True
     )
     return {**kwargs, "weight": packed, "kernel": list(weight.shape[2:])}
 

@@ -1,0 +1,184 @@
+"""Times deltafx against every good way to run the same network densely on this GPU.
+
+Out: a JSON with, for each workload, the dense columns (the frame's content does not matter to them),
+and for each clip ours with its FLOP fraction, its error against the fp32 dense model and the error
+that a JPEG of quality 95 makes there. Dense runs get their input in place, in their dtype and layout;
+ours are handed frames in device memory and return tensors that the next frame does not change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import deltafx
+from benchmarks.gpu import scenes
+from benchmarks.gpu.floor import floor_of, table_of
+from benchmarks.gpu.measure import ceilings, error_of, graphed, peak_bytes, time_frames
+from benchmarks.gpu.workloads import WORKLOADS, Workload
+
+COMPILED = {"compile": None, "compile_max_autotune": "max-autotune"}
+DENSE = ("fp32_eager", "fp16_eager", "fp16_graph", *COMPILED)
+THRESHOLDS = (0.6, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
+
+
+def main() -> None:
+    args = parse()
+    torch.backends.cudnn.benchmark = True
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "threshold": args.threshold,
+        "ceilings": ceilings(),
+        "workloads": {},
+    }
+    for workload in WORKLOADS:
+        if args.only and workload.name not in args.only:
+            continue
+        started = time.perf_counter()
+        report["workloads"][workload.name] = run_workload(workload, args, report["ceilings"])
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{workload.name}: {time.perf_counter() - started:.0f} s", flush=True)
+        release()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", help="names of workloads")
+    parser.add_argument("--dense", nargs="*", default=list(DENSE), choices=DENSE)
+    parser.add_argument("--ours", nargs="*", default=["fp16", "tf32"], choices=["fp16", "tf32"])
+    parser.add_argument("--boxes", nargs="*", type=float, default=[0.01, 0.05, 0.1, 0.25])
+    parser.add_argument("--threshold", type=float, default=0.1, help="for all clips but vtest")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", default="resnet50_1", help="the workload to list by layer")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
+    return parser.parse_args()
+
+
+def release() -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def run_workload(workload: Workload, args: argparse.Namespace, limits: dict[str, float]) -> dict:
+    exact = workload.build().cuda().to(memory_format=torch.channels_last)
+    half = copy.deepcopy(exact).half()
+    clips = make_clips(workload, args.boxes)
+    result: dict[str, Any] = {"dense": {}, "clips": {}}
+    example = scenes.normalized(clips["box_0.05"][0], "cuda")
+    for column in args.dense:
+        found = time_dense(column, exact, half, example, args.rounds)
+        result["dense"][column] = found
+        print(f"  {workload.name} {column}: {found}", flush=True)
+    best = min((d["median"] for d in result["dense"].values() if "median" in d), default=None)
+    for column in args.ours:
+        model = half if column == "fp16" else exact
+        ours = Ours(model, torch.float16 if column == "fp16" else torch.float32, args, limits)
+        for name, clip in clips.items():
+            found = ours.run(clip, exact, search=name == "vtest")
+            if best is not None:
+                found["ratio_to_best_dense"] = best / found["median"]
+            if name == "box_0.05" and workload.name == args.layers and column == "fp16":
+                found["layers"] = table_of(ours.compiled, limits, 2)
+            result["clips"].setdefault(name, {})[column] = found
+            shown = {k: v for k, v in found.items() if k != "layers"}
+            print(f"  {workload.name} {column} {name}: {json.dumps(shown)}", flush=True)
+        del ours
+        release()
+    return result
+
+
+def make_clips(workload: Workload, boxes: Sequence[float]) -> dict[str, list[Tensor]]:
+    size = (workload.streams, workload.height, workload.width)
+    clips = {f"box_{share}": scenes.moving_box(*size, share, 6) for share in {*boxes, 0.05}}
+    clips["nothing"] = scenes.moving_box(*size, 0.0, 3)
+    clips["everything"] = scenes.all_new(*size, 4)
+    if workload.video:
+        clips["vtest"] = scenes.vtest(workload.streams, 12)
+    return clips
+
+
+def time_dense(
+    column: str, exact: nn.Module, half: nn.Module, example: Tensor, rounds: int
+) -> dict[str, Any]:
+    model, x = (exact, example) if column.startswith("fp32") else (half, example.half())
+    run: Callable[[Tensor], Any] = model
+    peak = None
+    try:
+        if column == "fp16_eager":
+            peak = peak_bytes(lambda: model(x))
+        if column == "fp16_graph":
+            run = graphed(model, x)
+        elif column in COMPILED:
+            run = torch.compile(model, mode=COMPILED[column])
+        timing = time_frames(run, [x, x, x], 5 * rounds)
+    except RuntimeError as error:  # a column that this torch cannot run is told, not hidden
+        return {"error": str(error).splitlines()[0]}
+    finally:
+        if column in COMPILED:
+            torch._dynamo.reset()
+    return dataclasses.asdict(timing) | ({"peak_bytes": peak} if peak else {})
+
+
+class Ours:
+    """One compiled model, run over the clips one after another."""
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, args: argparse.Namespace, limits: dict
+    ) -> None:
+        self.compiled = deltafx.compile(model, threshold=args.threshold)
+        self.dtype, self.args, self.limits = dtype, args, limits
+
+    def run(self, clip: list[Tensor], exact: nn.Module, search: bool) -> dict[str, Any]:
+        frames = [self.frame(rgb) for rgb in clip]
+        last = scenes.normalized(clip[-1], "cuda")
+        want = exact(last)
+        jpeg_error = error_of(exact(scenes.normalized(scenes.jpeg(clip[-1]), "cuda")), want)
+        threshold = self.args.threshold
+        if search:
+            threshold = self.highest_threshold(frames, want, jpeg_error)
+        error = self.error(frames, want, threshold)
+        active = self.compiled.stats()
+        timing = time_frames(self.compiled, frames, self.args.rounds)
+        self.compiled.reset()
+        peak = peak_bytes(lambda: self.compiled(frames[0]))
+        return dataclasses.asdict(timing) | {
+            "threshold": threshold,
+            "flop_fraction": active.flop_fraction,
+            "error": error,
+            "jpeg95_error": jpeg_error,
+            "state_bytes": active.state_bytes,
+            "peak_bytes": peak,
+            "floor_ms": floor_of(self.compiled, active, self.limits, self.dtype.itemsize),
+        }
+
+    def frame(self, rgb: Tensor) -> Tensor:
+        return scenes.normalized(rgb, "cuda").to(self.dtype)
+
+    def error(self, frames: list[Tensor], want: Any, threshold: float) -> float:
+        self.compiled(frames[0])
+        self.compiled.thresholds.set_all(threshold)
+        self.compiled.reset()
+        for frame in frames:
+            output = self.compiled(frame)
+        return error_of(output, want)
+
+    def highest_threshold(self, frames: list[Tensor], want: Any, at_most: float) -> float:
+        return next(t for t in THRESHOLDS if t == 0 or self.error(frames, want, t) <= at_most)
+
+
+if __name__ == "__main__":
+    main()

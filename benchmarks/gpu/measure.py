@@ -1,0 +1,112 @@
+"""Timing on the device, errors, and the ceilings that a floor is counted with."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds a frame, over all timed frames: mean, median and quartiles."""
+
+    mean: float
+    median: float
+    low: float
+    high: float
+    frames: int
+
+
+def time_frames(run: Callable[[Tensor], Any], clip: Sequence[Tensor], rounds: int) -> Timing:
+    """Times each frame by events; the clip goes back and forth, so that no cut is in it."""
+    there_and_back = [*clip, *reversed(clip[1:-1])]
+    for frame in there_and_back:
+        run(frame)
+    torch.cuda.synchronize()
+    times: list[float] = []
+    for _ in range(rounds):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(there_and_back) + 1)]
+        marks[0].record()
+        for frame, mark in zip(there_and_back, marks[1:], strict=True):
+            run(frame)
+            mark.record()
+        torch.cuda.synchronize()
+        times += [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    low, _, high = statistics.quantiles(times, n=4)
+    return Timing(statistics.fmean(times), statistics.median(times), low, high, len(times))
+
+
+def error_of(output: Any, reference: Any) -> float:
+    """The relative L2 distance over all tensors of an output."""
+    pairs = zip(tensors_of(output), tensors_of(reference), strict=True)
+    above = below = 0.0
+    for a, b in pairs:
+        above += float((a.float() - b.float()).square().sum())
+        below += float(b.float().square().sum())
+    return (above / below) ** 0.5
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of an output, in order."""
+    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+
+
+def graphed(model: Callable[[Tensor], Any], example: Tensor) -> Callable[[Tensor], Any]:
+    """A dense model as a CUDA graph over its own input, which is read where it is."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            model(example)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = model(example)
+
+    def run(_: Tensor) -> Any:
+        graph.replay()
+        return output
+
+    return run
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Device memory at its highest while `run` runs, what is there already included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def ceilings() -> dict[str, float]:
+    """Measured: bytes a second of a copy (read plus written), fp16 operations a second."""
+    a = torch.empty(1 << 29, dtype=torch.float16, device="cuda")
+    b = torch.empty_like(a)
+    x, y = (torch.randn(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))
+    copy = _median_seconds(lambda: b.copy_(a))
+    product = _median_seconds(lambda: x @ y)
+    return {
+        "bytes_per_second": 2 * a.numel() * 2 / copy,
+        "operations_per_second": 2 * 8192**3 / product,
+    }
+
+
+def _median_seconds(run: Callable[[], Any]) -> float:
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)

@@ -1,0 +1,54 @@
+// Convolution on CUDA: how it is cut into phases, and how its weights are laid out.
+//
+// A phase is a set of output sites that meet the same kernel elements: one for an ordinary
+// convolution, stride_y * stride_x for a transposed one. Its taps form a grid: tap (jy, jx) of a
+// site reads the input at base + offset + j * step in each axis.
+//
+// Packed weights, in the dtype of the feature maps, phase after phase:
+//   groups == 1   [cout, rounded up to 64][taps * packed_channels(cin), rounded up to 128 bytes],
+//                 for tensor cores
+//   otherwise     [tap][channel of the group][cout]
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/conv.h"
+
+namespace deltafx::cuda {
+
+struct PhaseAxis {
+  int taps;
+  int offset, step;        // input coordinates
+  int remainder;           // of (output coordinate + pad) modulo the stride, if transposed
+  int first_k, step_k;     // kernel elements
+};
+
+struct Phase {
+  PhaseAxis y, x;
+  int64_t weights;  // offset into the packed weights, in elements
+};
+
+// Up to four channels are filled up to four, so that a frame's taps do not straddle chunks.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+inline int packed_channels(int cin) { return cin <= 4 ? 4 : cin; }
+
+bool on_tensor_cores(const ConvGeometry& geometry);
+int64_t packed_columns(int64_t cout);
+int64_t packed_depth(int64_t k, DType dtype);
+std::vector<Phase> conv_phases(const ConvGeometry& geometry, DType dtype);
+int64_t packed_size(const ConvGeometry& geometry, DType dtype);
+
+struct ConvLaunch {
+  ConvParams p;        // `p.weight` is not used
+  const void* weight;  // packed
+  bool allow_tf32;     // fp32 on tensor cores, with operands rounded to tf32
+  int32_t* memory;     // list_ints(sites of the accumulator) ints, and one a stream
+};
+cudaError_t conv(const ConvLaunch& launch, cudaStream_t stream);
+
+}  // namespace deltafx::cuda

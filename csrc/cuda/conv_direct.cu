@@ -1,0 +1,97 @@
+#include "cuda/conv_direct.h"
+
+#include "cuda/sites.cuh"
+
+namespace deltafx::cuda {
+namespace {
+
+// Eight output channels of a site, before the activation: the sums, the bias, and a residual that is
+// added before the activation.
+template <class T>
+struct Direct {
+  GemmParams p;
+  int group_in, group_out;
+  bool x_aligned, weight_aligned;
+
+  __device__ void operator()(const Position& at, int site, int c0, int count,
+                             float (&y)[kVector]) const {
+    if (p.bias != nullptr) load_vector(p.bias + c0, count, false, y);
+    const int base_y = p.y.base(at.y), base_x = p.x_axis.base(at.x);
+    const int taps_x = p.x_axis.phase.taps, cout = static_cast<int>(p.out.acc.c);
+    const T* weight = static_cast<const T*>(p.weight) + c0;
+    for (int jy = 0; jy < p.y.phase.taps; ++jy) {
+      const int iy = base_y + jy * p.y.phase.step;
+      if (iy < 0 || iy >= p.x.h) continue;
+      for (int jx = 0; jx < taps_x; ++jx) {
+        const int ix = base_x + jx * p.x_axis.phase.step;
+        if (ix < 0 || ix >= p.x.w) continue;
+        const T* x =
+            static_cast<const T*>(p.x.data) + ((at.n * p.x.h + iy) * p.x.w + ix) * p.x.ld;
+        const T* w = weight + static_cast<int64_t>(jy * taps_x + jx) * group_in * cout;
+        if (group_in == 1 && group_out == 1 && p.pre_scale == nullptr) {
+          float v[kVector], k[kVector];
+          load_vector(x + c0, count, x_aligned, v);
+          load_vector(w, count, weight_aligned, k);
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) y[i] = fmaf(v[i], k[i], y[i]);
+        } else {
+          add_tap(x, w, c0, count, cout, y);
+        }
+      }
+    }
+    if (p.residual.data == nullptr) return;
+    float residual[kVector];
+    load_vector(static_cast<const T*>(p.residual.data) + site * p.residual.ld + c0, count,
+                p.residual_aligned, residual);
+    if (p.residual_after_act) activate(p.act, c0, count, y);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) y[i] += residual[i];
+  }
+
+  // One tap of any grouping, with the prologue.
+  __device__ void add_tap(const T* x, const T* w, int c0, int count, int cout,
+                          float (&y)[kVector]) const {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i >= count) break;
+      const int first = (c0 + i) / group_out * group_in;
+      float sum = 0.f;  // of the tap by itself, as one long chain of sums would round more
+      for (int k = 0; k < group_in; ++k)
+        sum = fmaf(input(x, first + k), to_float(w[static_cast<int64_t>(k) * cout + i]), sum);
+      y[i] += sum;
+    }
+  }
+  __device__ float input(const T* x, int c) const {
+    float v[kVector] = {};
+    v[0] = to_float(x[c]);
+    if (p.pre_scale == nullptr) return v[0];
+    v[0] = v[0] * p.pre_scale[c] + p.pre_shift[c];
+    activate(p.pre_act, c, 1, v);
+    return v[0];
+  }
+};
+
+template <class T>
+cudaError_t launch_as(const GemmParams& p, int group_in, int group_out, cudaStream_t stream) {
+  const bool weight_aligned = is_aligned(p.weight, p.out.acc.dtype, p.out.acc.c, p.out.acc.c);
+  const Direct<T> f{p, group_in, group_out, is_aligned(p.x), weight_aligned};
+  const bool done = p.residual.data != nullptr && p.residual_after_act;
+  const Activation act = done ? Activation{Act::identity, {}, nullptr} : p.act;
+  return launch_sites_as<T>(p.out, act, p.list, f, stream);
+}
+
+}  // namespace
+
+cudaError_t conv_direct(const GemmParams& p, int group_in, int group_out, cudaStream_t stream) {
+  switch (p.out.acc.dtype) {
+    case DType::f32:
+      return launch_as<float>(p, group_in, group_out, stream);
+    case DType::bf16:
+      return launch_as<__nv_bfloat16>(p, group_in, group_out, stream);
+    case DType::f16:
+      return launch_as<__half>(p, group_in, group_out, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace deltafx::cuda

@@ -1,0 +1,46 @@
+// The tensor-core convolution's parameters and instances, one source file each.
+#pragma once
+
+#include "cuda/candidates.cuh"
+#include "cuda/conv.h"
+
+namespace deltafx::cuda {
+
+// Bits for taps along an axis; a convolution with as many or more is gathered element by element.
+constexpr int kMostTaps = 16;
+
+struct GemmAxis {
+  int stride, pad;
+  bool transposed;
+  PhaseAxis phase;
+  // The input coordinate that tap 0 of an output coordinate reads.
+  __device__ int base(int o) const {
+    return (transposed ? (o + pad) / stride : o * stride) + phase.offset;
+  }
+};
+
+struct GemmParams {
+  Output out;
+  Activation act;
+  FeatureMap x;
+  const void* weight;
+  const float* bias;
+  FeatureMap residual;
+  bool residual_after_act;
+  const float* pre_scale;
+  const float* pre_shift;
+  Activation pre_act;
+  GemmAxis y, x_axis;
+  int depth;         // taps * cin
+  int packed_depth;  // row length of the packed weights
+  int cluster;       // blocks that may share one tile's depth
+  bool acc_aligned, residual_aligned, scales_aligned;  // the last: bias and inv_scale
+  CandidateList list;
+};
+
+cudaError_t conv_gemm_f16(const GemmParams& p, cudaStream_t stream);
+cudaError_t conv_gemm_bf16(const GemmParams& p, cudaStream_t stream);
+cudaError_t conv_gemm_tf32(const GemmParams& p, cudaStream_t stream);
+cudaError_t conv_gemm_f32(const GemmParams& p, cudaStream_t stream);
+
+}  // namespace deltafx::cuda

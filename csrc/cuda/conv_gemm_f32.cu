@@ -1,0 +1,9 @@
+#include "cuda/conv_gemm_kernel.cuh"
+
+namespace deltafx::cuda {
+
+cudaError_t conv_gemm_f32(const GemmParams& p, cudaStream_t stream) {
+  return launch_conv_gemm<Float32>(p, stream);
+}
+
+}  // namespace deltafx::cuda

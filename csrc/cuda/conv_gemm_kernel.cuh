@@ -1,0 +1,263 @@
+// Convolution as an implicit matrix product over a list of candidate sites: a tile is kRows sites by
+// kColumns output channels. The sites' windows are gathered by cp.async into a ring of stages,
+// multiplied on tensor cores, and finished (bias, residual, activation, update rule) from fp32
+// results in shared memory, so that the accumulator is read and written in whole rows.
+#pragma once
+
+#include "cuda/conv_gemm_finish.cuh"
+
+namespace deltafx::cuda {
+
+template <class Traits>
+struct GemmWarp {
+  using Math = typename Traits::Math;
+  float sums[Traits::kTilesM][Traits::kTilesN][4];
+  int row, column, lane;  // of the warp in the tile
+
+  __device__ GemmWarp()
+      : row(static_cast<int>(threadIdx.x) / 32 / Traits::kWarpColumns * Traits::kTilesM * 16),
+        column(static_cast<int>(threadIdx.x) / 32 % Traits::kWarpColumns * Traits::kTilesN * 8),
+        lane(threadIdx.x % 32) {}
+
+  __device__ void clear() {
+#pragma unroll
+    for (auto& a : sums)
+#pragma unroll
+      for (auto& b : a)
+#pragma unroll
+        for (float& v : b) v = 0.f;
+  }
+
+  __device__ void add(const GemmWarp& other) {
+#pragma unroll
+    for (int m = 0; m < Traits::kTilesM; ++m)
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesN; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[m][n][i] += other.sums[m][n][i];
+  }
+
+  static __device__ __forceinline__ uint32_t address(uint32_t tile, int r, int chunk) {
+    return tile + r * kRowBytes + ((chunk ^ (r & 7)) * kChunkBytes);
+  }
+
+  // sums += A * B for a stage of depth.
+  __device__ void multiply(uint32_t a_tile, uint32_t b_tile) {
+    if constexpr (Math::kExact) {
+      multiply_exactly(a_tile, b_tile);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        uint32_t a[Traits::kTilesM][4], b[Traits::kTilesN][2];
+#pragma unroll
+        for (int m = 0; m < Traits::kTilesM; ++m)
+          load_matrices(a[m], address(a_tile, row + m * 16 + lane % 16, k * 2 + lane / 16));
+#pragma unroll
+        for (int n = 0; n < Traits::kTilesN; n += 2) {
+          uint32_t both[4];
+          load_matrices(both, address(b_tile, column + n * 8 + lane % 8 + lane / 16 * 8,
+                                      k * 2 + lane / 8 % 2));
+          b[n][0] = both[0], b[n][1] = both[1], b[n + 1][0] = both[2], b[n + 1][1] = both[3];
+        }
+#pragma unroll
+        for (int m = 0; m < Traits::kTilesM; ++m)
+#pragma unroll
+          for (int n = 0; n < Traits::kTilesN; ++n) Math::mma(sums[m][n], a[m], b[n]);
+      }
+    }
+  }
+
+  // The results into shared memory, [kRows][kPitch].
+  __device__ void store(float* tile) const {
+#pragma unroll
+    for (int m = 0; m < Traits::kTilesM; ++m)
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesN; ++n) {
+        const int r = row + m * 16 + lane / 4, c = column + n * 8 + lane % 4 * 2;
+        *reinterpret_cast<float2*>(tile + r * Traits::kPitch + c) =
+            make_float2(sums[m][n][0], sums[m][n][1]);
+        *reinterpret_cast<float2*>(tile + (r + 8) * Traits::kPitch + c) =
+            make_float2(sums[m][n][2], sums[m][n][3]);
+      }
+  }
+
+ private:
+  static __device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(address));
+#pragma unroll
+    for (uint32_t& word : v) word = Math::operand(word);
+  }
+
+  static __device__ __forceinline__ float4 load_four(uint32_t address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address));
+    return v;
+  }
+
+  __device__ void multiply_exactly(uint32_t a_tile, uint32_t b_tile) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < kRowBytes / kChunkBytes; ++chunk) {
+      float4 a[Traits::kTilesM][2];
+#pragma unroll
+      for (int m = 0; m < Traits::kTilesM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          a[m][half] = load_four(address(a_tile, row + m * 16 + half * 8 + lane / 4, chunk));
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesN; ++n)
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const float4 b = load_four(address(b_tile, column + n * 8 + lane % 4 * 2 + side, chunk));
+#pragma unroll
+          for (int m = 0; m < Traits::kTilesM; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              float& sum = sums[m][n][half * 2 + side];
+              const float4& v = a[m][half];
+              sum = fmaf(v.w, b.w, fmaf(v.z, b.z, fmaf(v.y, b.y, fmaf(v.x, b.x, sum))));
+            }
+        }
+    }
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiprocessor)
+    conv_gemm_kernel(const __grid_constant__ GemmParams p) {
+  using T = typename Traits::T;
+  constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
+  extern __shared__ __align__(128) char stages[];
+  __shared__ typename ListReader<kThreads>::Shared list_shared;
+  __shared__ GemmRow<T> rows[kRows];
+  __shared__ int64_t entries[kRows];
+  __shared__ int active_total;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int channels = static_cast<int>(p.out.acc.c);
+  if (tid == 0) active_total = 0;
+  wait_for_inputs();
+  const ListReader<kThreads> reader(p.list, list_shared);
+  if (blockIdx.x == 0 && tid == 0)
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.out.counts),
+              static_cast<unsigned long long>(reader.size()));
+
+  const int blocks = static_cast<int>(gridDim.x), clusters = blocks / p.cluster;
+  const int rank = static_cast<int>(blockIdx.x) % p.cluster;
+  const int column_tiles = (channels + kColumns - 1) / kColumns;
+  const int tiles = (reader.size() + kRows - 1) / kRows * column_tiles;
+  const int steps = p.packed_depth / Traits::kDepth;
+  // Split where the time, in steps of the slowest block, is shorter; 6 stands for the exchange.
+  const bool split = p.cluster > 1 && (tiles + clusters - 1) / clusters * (steps / p.cluster + 6) <
+                                          (tiles + blocks - 1) / blocks * steps;
+  const int parts = p.cluster, stride = split ? clusters : blocks;
+  const int first_step = split ? steps * rank / parts : 0;
+  const int last_step = split ? steps * (rank + 1) / parts : steps;
+  float* results = reinterpret_cast<float*>(stages);
+  const auto stages_address = static_cast<uint32_t>(__cvta_generic_to_shared(stages));
+  int found = 0;
+
+  for (int tile = split ? static_cast<int>(blockIdx.x) / parts : static_cast<int>(blockIdx.x);
+       tile < tiles; tile += stride) {
+    const int first_row = tile / column_tiles * kRows, first_column = tile % column_tiles * kColumns;
+    for (int r = tid; r < kRows; r += kThreads) {
+      const bool valid = first_row + r < reader.size();
+      const int64_t entry = valid ? reader.entry(first_row + r) : 0;
+      entries[r] = entry;
+      rows[r] = GemmRow<T>(
+          p, valid ? static_cast<int>(static_cast<uint32_t>(p.list.entries[entry]) & ~kActiveBit)
+                   : -1);
+    }
+    __syncthreads();
+
+    GemmLoader<Traits> loader(p, rows, first_column, first_step, stages_address);
+    GemmWarp<Traits> total, warp;
+    total.clear();
+    warp.clear();
+#pragma unroll 1
+    for (int s = 0; s < Traits::kStages - 1; ++s) {
+      if (first_step + s < last_step) loader.load(s);
+      commit_copies();
+    }
+    int part_end = split ? last_step : steps / parts, part = 1;
+    for (int step = first_step; step < last_step; ++step) {
+      wait_for_copies<Traits::kStages - 2>();
+      __syncthreads();
+      const int ahead = step - first_step + Traits::kStages - 1;
+      if (first_step + ahead < last_step) loader.load(ahead % Traits::kStages);
+      commit_copies();
+      const uint32_t stage =
+          stages_address + (step - first_step) % Traits::kStages * Traits::kStageBytes;
+      warp.multiply(stage, stage + kRows * kRowBytes);
+      if constexpr (Traits::kParts) {
+        if (step + 1 == part_end) {
+          total.add(warp);
+          warp.clear();
+          part_end = steps * ++part / parts;
+        }
+      }
+    }
+    // The blocks of a split tile finish a part of its rows each.
+    const int own_rows = split ? kRows / parts : kRows;
+    GemmFinish<Traits> finish(
+        p, rows, {entries, split ? rank * own_rows : 0, own_rows, split ? parts : 1},
+        first_column);
+    wait_for_copies<0>();
+    __syncthreads();
+    if constexpr (Traits::kParts)
+      total.store(results);
+    else
+      warp.store(results);
+    if (split)
+      cluster_sync();
+    else
+      __syncthreads();
+    found += finish.run(results, stages_address);
+    if (split)
+      cluster_sync();
+    else
+      __syncthreads();
+  }
+
+  if (found > 0) atomicAdd(&active_total, found);
+  __syncthreads();
+  if (tid == 0 && active_total > 0)
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.out.counts + 1),
+              static_cast<unsigned long long>(active_total));
+}
+
+template <class Traits>
+cudaError_t launch_gemm(GemmParams p, cudaStream_t stream) {
+  if (!Traits::kParts || current_device().capability < 90) p.cluster = 1;
+  const int64_t row_tiles = (p.out.acc.sites() + Traits::kRows - 1) / Traits::kRows;
+  const int64_t tiles = row_tiles * ((p.out.acc.c + Traits::kColumns - 1) / Traits::kColumns);
+  const int64_t most =
+      int64_t{Traits::kBlocksPerMultiprocessor} * current_device().multiprocessors;
+  int64_t blocks = tiles * p.cluster < most ? tiles * p.cluster : most;
+  blocks -= blocks % p.cluster;
+  return launch(conv_gemm_kernel<Traits>,
+                {static_cast<int>(blocks), Traits::kThreads, Traits::kSharedBytes, p.cluster},
+                stream, p);
+}
+
+// Large tiles pay once a twentieth of the sites fills the device with them; chunks where a vector of
+// channels is within a tap.
+template <class Math>
+cudaError_t launch_conv_gemm(const GemmParams& p, cudaStream_t stream) {
+  using Chunks = GemmTraits<Math, Gather::chunks, false>;
+  const bool chunks = p.pre_scale == nullptr && p.y.phase.taps < kMostTaps &&
+                      p.x_axis.phase.taps < kMostTaps && p.x.c % Chunks::kChunkElements == 0 &&
+                      p.x.ld % Chunks::kChunkElements == 0 &&
+                      reinterpret_cast<uintptr_t>(p.x.data) % kChunkBytes == 0;
+  if (!chunks) return launch_gemm<GemmTraits<Math, Gather::elements, false>>(p, stream);
+  if constexpr (!Math::kExact) {
+    const int64_t tiles = p.out.acc.sites() / 128 * (p.out.acc.c / 128);
+    if (p.out.acc.c % 128 == 0 && tiles >= 20 * current_device().multiprocessors)
+      return launch_gemm<GemmTraits<Math, Gather::chunks, true>>(p, stream);
+  }
+  return launch_gemm<Chunks>(p, stream);
+}
+
+}  // namespace deltafx::cuda

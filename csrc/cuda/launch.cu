@@ -1,0 +1,33 @@
+#include "cuda/launch.h"
+
+#include "cuda/candidates.cuh"
+#include "cuda/ops.h"
+
+#include <array>
+#include <mutex>
+
+namespace deltafx::cuda {
+
+const Device& current_device() {
+  constexpr int kMost = 64;
+  static std::array<Device, kMost> devices{};
+  static std::array<std::once_flag, kMost> known;
+  int index = 0;
+  cudaGetDevice(&index);
+  const auto i = static_cast<size_t>(index % kMost);
+  std::call_once(known[i], [&] {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&devices[i].multiprocessors, cudaDevAttrMultiProcessorCount, index);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    devices[i].capability = 10 * major + minor;
+  });
+  return devices[i];
+}
+
+int64_t list_ints(int64_t sites) {
+  const int64_t size = list_segment_size(sites);
+  return kMostSegments + (sites + size - 1) / size * size;
+}
+
+}  // namespace deltafx::cuda

@@ -1,0 +1,60 @@
+// Launches a kernel with programmatic dependent launch (where the device has it) and clusters: the
+// kernel may start while the one before it still runs, and waits in wait_for_inputs(). Returns the
+// launch's error; csrc/ops throws it. No ATen here, nor in any .cu or .cuh.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <utility>
+
+namespace deltafx::cuda {
+
+struct Device {
+  int multiprocessors;
+  int capability;  // 10 * major + minor
+};
+
+// Of the current device; asked once.
+const Device& current_device();
+
+struct Grid {
+  int blocks;
+  int threads;
+  int shared_bytes = 0;
+  int cluster = 1;
+  int rows = 1;  // blocks along y
+};
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
+                   Args&&... args) {
+  // One division of L1 for all kernels: a multiprocessor has to run empty before it can change it.
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess && grid.shared_bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 grid.shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.rows));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  if (current_device().capability >= 90) {
+    cudaLaunchAttribute& serialization = attributes[config.numAttrs++];
+    serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    serialization.val.programmaticStreamSerializationAllowed = 1;
+    if (grid.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    }
+  }
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...);
+}
+
+}  // namespace deltafx::cuda

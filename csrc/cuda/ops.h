@@ -1,0 +1,33 @@
+// The delta ops on CUDA, for csrc/ops. Each enqueues its kernels on a stream and returns the launch's
+// error. `memory`: list_ints(sites of the accumulator) ints on the device, which may be reused as
+// soon as the call returns by work that is later on the same stream.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "cpu/site_params.h"
+#include "cuda/resample.h"
+
+namespace deltafx::cuda {
+
+int64_t list_ints(int64_t sites);
+
+cudaError_t encode(const EncodeParams& p, cudaStream_t stream);
+cudaError_t affine(const AffineParams& p, int32_t* memory, cudaStream_t stream);
+cudaError_t gather_channels(const GatherParams& p, int32_t* memory, cudaStream_t stream);
+cudaError_t layer_norm(const LayerNormParams& p, int32_t* memory, cudaStream_t stream);
+cudaError_t binary(const BinaryParams& p, int32_t* memory, cudaStream_t stream);
+cudaError_t pad2d(const PadParams& p, int32_t* memory, cudaStream_t stream);
+// memory: as above, and then an int for each tile of each stream.
+cudaError_t global_pool2d(const GlobalPoolParams& p, int32_t* memory, cudaStream_t stream);
+
+// The tables of PoolParams and ResizeParams are on the host; here the rules that made them count.
+cudaError_t pool2d(const PoolParams& p, const PoolRule& y, const PoolRule& x, int32_t* memory,
+                   cudaStream_t stream);
+cudaError_t resize2d(const ResizeParams& p, const ResizeRule& y, const ResizeRule& x,
+                     int32_t* memory, cudaStream_t stream);
+
+}  // namespace deltafx::cuda

@@ -1,0 +1,79 @@
+// pool2d and adaptive_pool2d: maximum or average over windows of sites.
+#include "cuda/ops.h"
+#include "cuda/sites.cuh"
+
+namespace deltafx::cuda {
+namespace {
+
+struct Range {
+  int begin, end, divisor;
+};
+
+__device__ Range range_of(const PoolRule& r, int o) {
+  if (r.kernel == 0) {
+    const int begin = static_cast<int>(static_cast<int64_t>(o) * r.in / r.out);
+    const int end =
+        static_cast<int>((static_cast<int64_t>(o + 1) * r.in + r.out - 1) / r.out);
+    return {begin, end, end - begin};
+  }
+  const int start = o * r.stride - r.pad;
+  const int stop = min(start + (r.kernel - 1) * r.dilation + 1, r.in + r.pad);
+  const int first = start >= 0 ? start : start + (-start + r.dilation - 1) / r.dilation * r.dilation;
+  const int last = max(min(stop, r.in), 0);
+  const int own = r.count_include_pad ? stop - start : last - first;
+  return {min(first, last), last, r.divisor != 0 ? r.divisor : own};
+}
+
+struct Pool {
+  FeatureMap acc, x;
+  Mask mask;
+  PoolRule y_rule, x_rule;
+  bool aligned, maximum;
+
+  __device__ bool operator()(const Position& at) const {
+    const Range ry = range_of(y_rule, at.y), rx = range_of(x_rule, at.x);
+    // Where padding and ceil_mode meet, a window may lie outside the input altogether.
+    if (ry.begin >= ry.end || rx.begin >= rx.end) return is_lost(acc, at);
+    bool found = false;
+    for (int iy = ry.begin; iy < ry.end; iy += y_rule.dilation)
+      for (int ix = rx.begin; ix < rx.end; ix += x_rule.dilation)
+        found |= mask.data[(at.n * mask.h + iy) * mask.w + ix] != 0;
+    return found;
+  }
+
+  // A maximum keeps the first NaN it meets, as torch does.
+  __device__ void operator()(const Position& at, int, int c0, int count,
+                             float (&y)[kVector]) const {
+    const Range ry = range_of(y_rule, at.y), rx = range_of(x_rule, at.x);
+    const float start = maximum ? -INFINITY : 0.f;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) y[i] = start;
+    for (int iy = ry.begin; iy < ry.end; iy += y_rule.dilation)
+      for (int ix = rx.begin; ix < rx.end; ix += x_rule.dilation) {
+        float v[kVector];
+        load_any(x.data, x.dtype, ((at.n * x.h + iy) * x.w + ix) * x.ld + c0, count, aligned, v);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          if (maximum)
+            y[i] = v[i] > y[i] || v[i] != v[i] ? v[i] : y[i];
+          else
+            y[i] += v[i];
+        }
+      }
+    if (maximum) return;
+    const bool empty = ry.begin >= ry.end || rx.begin >= rx.end;
+    const float divisor = empty ? 1.f : static_cast<float>(ry.divisor * rx.divisor);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) y[i] = __fdiv_rn(y[i], divisor);
+  }
+};
+
+}  // namespace
+
+cudaError_t pool2d(const PoolParams& p, const PoolRule& y, const PoolRule& x, int32_t* memory,
+                   cudaStream_t stream) {
+  const Pool f{p.out.acc, p.x.map, p.x.mask, y, x, is_aligned(p.x.map), p.maximum};
+  return update_sites(p.out, p.act, f, f, memory, stream);
+}
+
+}  // namespace deltafx::cuda

@@ -1,0 +1,54 @@
+// Packs the weight of a convolution for the CUDA kernels, by ATen's own operators: it happens once.
+#ifdef DELTAFX_CUDA
+
+#include <ATen/ATen.h>
+
+#include "cuda/conv.h"
+#include "ops/conv_args.h"
+
+namespace deltafx {
+namespace {
+
+// [cout, cin / groups, kh, kw], whichever kind it is.
+Tensor plain_weight(const ConvGeometry& g, const Tensor& weight) {
+  if (!g.transposed) return weight;
+  const int64_t kh = g.y.kernel, kw = g.x.kernel;
+  return weight.reshape({g.groups, g.cin / g.groups, g.cout / g.groups, kh, kw})
+      .transpose(1, 2)
+      .reshape({g.cout, g.cin / g.groups, kh, kw});
+}
+
+Tensor taps_of(const Tensor& weight, const cuda::PhaseAxis& axis, int64_t dim) {
+  if (axis.taps == 0) return weight.narrow(dim, 0, 0);
+  const int64_t last = axis.first_k + int64_t{axis.taps - 1} * axis.step_k;
+  return weight.slice(dim, axis.first_k, last + 1, axis.step_k);
+}
+
+}  // namespace
+
+Tensor pack_conv_weight_on_cuda(const ConvGeometry& g, const Tensor& weight) {
+  const DType dtype = dtype_of(weight, "weight");
+  const Tensor plain = plain_weight(g, weight);
+  std::vector<Tensor> parts;
+  for (const cuda::Phase& phase : cuda::conv_phases(g, dtype)) {
+    const Tensor taps = taps_of(taps_of(plain, phase.y, 2), phase.x, 3);
+    if (!cuda::on_tensor_cores(g)) {
+      parts.push_back(taps.permute({2, 3, 1, 0}).reshape({-1}));
+      continue;
+    }
+    const int64_t channels = cuda::packed_channels(static_cast<int>(g.cin));
+    const int64_t depth = int64_t{phase.y.taps} * phase.x.taps * channels;
+    const Tensor filled =
+        at::constant_pad_nd(taps.permute({0, 2, 3, 1}), {0, channels - g.cin});
+    const Tensor rows = filled.reshape({g.cout, depth});
+    const int64_t more_columns = cuda::packed_columns(g.cout) - g.cout;
+    const int64_t more_depth = cuda::packed_depth(depth, dtype) - depth;
+    parts.push_back(
+        at::constant_pad_nd(rows, {0, more_depth, 0, more_columns}).reshape({-1}));
+  }
+  return at::cat(parts).contiguous();
+}
+
+}  // namespace deltafx
+
+#endif

@@ -1,0 +1,132 @@
+"""The convolutions on CUDA against the literal update rule, in every dtype, and what only CUDA has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.ops import test_conv2d, test_conv_transpose2d
+from tests.ops.conv_reference import Case, Problem, set_mask
+from torch import Tensor
+
+pytestmark = pytest.mark.cuda
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Shapes that the tensor-core tiles, splits and the chunked gather are cut for.
+TILES = [
+    Case(64, 128, size=(1, 11, 13)),
+    Case(128, 64, (1, 1), padding=(0, 0), size=(1, 33, 31)),
+    Case(512, 192, size=(1, 6, 7)),
+    Case(2048, 65, (1, 1), padding=(0, 0), size=(1, 5, 5)),
+    Case(24, 144, (1, 1), padding=(0, 0), size=(2, 15, 17)),
+    Case(72, 256, padding=(2, 2), dilation=(2, 2), size=(1, 12, 9)),
+]
+
+
+def on_cuda(v: Any) -> Any:
+    """A tensor on the device, in a wider buffer if it was in one; anything else as it is."""
+    if not isinstance(v, Tensor):
+        return v
+    if v._base is None:
+        return v.cuda()
+    wide = v._base.cuda()
+    return wide.as_strided(v.shape, v.stride(), v.storage_offset())
+
+
+class CudaProblem(Problem):
+    """Runs the op on the device and brings back what it wrote."""
+
+    tf32 = False
+
+    def call(self) -> None:
+        args, _ = self.arguments()
+        c = self.case
+        pack = torch.ops.deltafx.pack_conv_weight
+        weight = self.weight.to("cuda", c.dtype)
+        packed = pack(weight, c.stride, c.padding, c.dilation, c.groups, c.transposed)
+        moved = [on_cuda(a) for a in args]
+        moved[5] = packed
+        for written in (0, 1, 2):
+            assert moved[written].data_ptr() != args[written].data_ptr()
+        op = torch.ops.deltafx.conv_transpose2d if c.transposed else torch.ops.deltafx.conv2d
+        with torch.backends.cudnn.flags(allow_tf32=self.tf32):
+            op(*moved)
+        for written in (0, 1, 2):
+            back = moved[written]
+            whole, own = (back, args[written]) if back._base is None else (back._base, args[written]._base)
+            (own if own is not None else args[written]).copy_(whole)
+
+    def tolerance(self, exact: Tensor) -> Tensor:
+        if not self.tf32:
+            return super().tolerance(exact)
+        # Both operands are rounded to 10 bits: a relative error of 2^-10 a product, in the mean.
+        return super().tolerance(exact) + 2**-10 * exact.abs().max()
+
+
+class TensorFloatProblem(CudaProblem):
+    tf32 = True
+
+
+def run(case: Case, mask: str, kind: type[CudaProblem] = CudaProblem) -> None:
+    problem = kind(case)
+    set_mask(problem.x_mask, mask)
+    if problem.residual_mask is not None:
+        set_mask(problem.residual_mask, "random", seed=3)
+    problem.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", test_conv2d.MASKS)
+@pytest.mark.parametrize("case", test_conv2d.SHAPES + TILES, ids=str)
+def test_conv2d_shapes(case: Case, mask: str, dtype: torch.dtype) -> None:
+    run(replace(case, dtype=dtype), mask)
+
+
+@pytest.mark.parametrize("mask", ["full", "random"])
+@pytest.mark.parametrize("feature", test_conv2d.FEATURES)
+@pytest.mark.parametrize("case", test_conv2d.FEW + TILES[:2], ids=str)
+def test_conv2d_features(case: Case, feature: str, mask: str) -> None:
+    run(replace(case, **test_conv2d.FEATURES[feature]), mask)
+
+
+@pytest.mark.parametrize("mask", ["full", "random"])
+@pytest.mark.parametrize("case", test_conv2d.SHAPES + TILES, ids=str)
+def test_conv2d_tf32(case: Case, mask: str) -> None:
+    run(case, mask, TensorFloatProblem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", test_conv2d.MASKS)
+@pytest.mark.parametrize("case", test_conv_transpose2d.SHAPES, ids=str)
+def test_conv_transpose2d_shapes(case: Case, mask: str, dtype: torch.dtype) -> None:
+    run(replace(case, dtype=dtype), mask)
+
+
+def test_large_tiles_agree_with_small_ones() -> None:
+    """The large tile is for maps that the literal rule is too slow for."""
+    torch.manual_seed(0)
+    n, c, h, w = 4, 128, 192, 448
+    x = torch.randn(n, c, h, w, device="cuda", dtype=torch.float16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(256, c, 1, 1, device="cuda", dtype=torch.float16) / c**0.5
+    packed = torch.ops.deltafx.pack_conv_weight(weight, [1, 1], [0, 0], [1, 1], 1, False)
+    whole = torch.full((n, h, w, 256), float("nan"), device="cuda", dtype=torch.float16)
+    acc = whole.permute(0, 3, 1, 2)
+    mask = torch.rand(n, h, w, device="cuda") < 0.3
+    made = torch.zeros_like(mask)
+    counts = torch.full((2,), -1, dtype=torch.int64, device="cuda")
+    none = [None] * 5
+    torch.ops.deltafx.conv2d(
+        acc, made, counts, x, mask, packed, *none, "identity", [1, 1], [1, 1], [0, 0], [1, 1], 1,
+        False, "relu", [], None, None, None, "rms",
+    )  # fmt: skip
+    want = torch.nn.functional.conv2d(x.double(), weight.double()).relu()
+    dense = torch.nn.functional.conv2d(x, weight).relu()
+    assert torch.equal(made, mask)
+    assert counts.tolist() == [int(mask.sum())] * 2
+    chosen = mask[:, None].expand_as(acc)
+    error = (acc.double() - want).abs()[chosen].max()
+    assert error <= 2 * (dense.double() - want).abs().max()
+    assert acc[~chosen].isnan().all()
