@@ -1,12 +1,6 @@
-<<<<<<< HEAD
-// deltafx::affine: y = act(x * scale[c] + shift[c]). A batch norm that could not be folded, or,
-// with neither scale nor shift, an activation by itself.
-#include "cpu/kernels.h"
-=======
 // deltafx::affine: y = act(x * scale[c] + shift[c]). A batch norm that could not be folded, or, with
 // neither scale nor shift, an activation by itself.
 #include "ops/dispatch.h"
->>>>>>> cuda
 #include "ops/schema.h"
 
 namespace deltafx {

@@ -27,10 +27,6 @@ ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Windo
                     "deltafx: groups must divide the channels of x (", p.x.c,
                     ") and of the accumulator (", p.out.acc.c, "), not be ", groups);
   p.geometry = {window_y, window_x, p.x.c, p.out.acc.c, groups, transposed};
-<<<<<<< HEAD
-  p.weight = floats_of(args.weight, conv_weight_size(p.geometry), args.acc, "weight");
-=======
->>>>>>> cuda
   p.bias = floats_of(args.bias, p.out.acc.c, args.acc, "bias");
   TORCH_CHECK_VALUE(args.residual.has_value() || !args.residual_mask.has_value(),
                     "deltafx: residual_mask goes with a residual");

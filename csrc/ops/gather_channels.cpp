@@ -1,12 +1,6 @@
-<<<<<<< HEAD
-// deltafx::gather_channels: y[c] = act(x[index[c]]). A channel shuffle, or, without an index, a
-// copy into a slice of a concatenation.
-#include "cpu/kernels.h"
-=======
 // deltafx::gather_channels: y[c] = act(x[index[c]]). A channel shuffle, or, without an index, a copy
 // into a slice of a concatenation.
 #include "ops/dispatch.h"
->>>>>>> cuda
 #include "ops/schema.h"
 
 namespace deltafx {

@@ -1,12 +1,6 @@
-<<<<<<< HEAD
-// deltafx::global_pool2d: the mean over all sites of a stream. `partial` keeps exact sums over
-// tiles of kPoolTile consecutive sites; a tile with an active site is summed anew, never added to.
-#include "cpu/kernels.h"
-=======
 // deltafx::global_pool2d: the mean over all sites of a stream. `partial` keeps exact sums over tiles
 // of kPoolTile consecutive sites; a tile with an active site is summed anew, never added to.
 #include "ops/dispatch.h"
->>>>>>> cuda
 #include "ops/schema.h"
 
 namespace deltafx {
