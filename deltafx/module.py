@@ -281,7 +281,7 @@ class DeltaModule(fx.GraphModule):
         if compiled is not None and compiled is self._current and self._thresholds_hold:
             return compiled
         if compiled is None:
-            # Only in-place writes outside inference mode need this, and a frame may come either way.
+            # Only in-place writes outside inference mode need this; a frame may come either way.
             with _COMPILING, torch.inference_mode(False):
                 compiled = self._compile(bound)
             while len(self._cache) >= self.config.max_states:
@@ -325,7 +325,9 @@ class DeltaModule(fx.GraphModule):
             return
         self._thresholds_hold = False  # until all names have been found
         plan = self._current.instance.plan
-        values = self.thresholds.resolve(tuple(plan.truncating), self._current.instance.frame_inputs)
+        values = self.thresholds.resolve(
+            tuple(plan.truncating), self._current.instance.frame_inputs
+        )
         held = self._current.buffers[THRESHOLDS]
         self._current.thresholds = torch.tensor(values, device=held.device)
         self._hold_thresholds(self._current)

@@ -1,7 +1,7 @@
 """match_shuffles: a channel shuffle becomes one gather of channels.
 
-    reshape(x, [N, g, C/g, H, W]) -> transpose(1, 2) -> reshape([N, C, H, W])
-    gather_channels(x=x, index=[...])
+reshape(x, [N, g, C/g, H, W]) -> transpose(1, 2) -> reshape([N, C, H, W])
+gather_channels(x=x, index=[...])
 """
 
 from __future__ import annotations

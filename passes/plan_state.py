@@ -94,9 +94,7 @@ def _side_by_side(node: fx.Node, places: dict[fx.Node, Place]) -> Place | None:
     return Place(first.slot, first.start, _channels(node))
 
 
-def _place(
-    gm: fx.GraphModule, node: fx.Node, place: Place, places: dict[fx.Node, Place]
-) -> None:
+def _place(gm: fx.GraphModule, node: fx.Node, place: Place, places: dict[fx.Node, Place]) -> None:
     """Places a concatenation and, slice by slice, its parts."""
     places[node] = place
     start = place.start

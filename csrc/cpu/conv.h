@@ -69,12 +69,12 @@ struct ConvParams {
   FeatureMap x;
   Mask x_mask;
   ConvGeometry geometry;
-  const float* weight;        // packed
-  const float* bias;          // null: none
-  FeatureMap residual;        // data null: none
-  Mask residual_mask;         // data null: the residual never changes by itself
+  const float* weight;  // packed
+  const float* bias;    // null: none
+  FeatureMap residual;  // data null: none
+  Mask residual_mask;   // data null: the residual never changes by itself
   bool residual_after_act;
-  const float* pre_scale;     // null: no prologue
+  const float* pre_scale;  // null: no prologue
   const float* pre_shift;
   Activation pre_act;
   Activation act;

@@ -1,6 +1,6 @@
-// Depthwise convolution, and small groups: vectors along the channels, several neighbouring sites at
-// once so that each weight is loaded once for all of them. A lane is an output channel; with groups
-// of G channels the input lanes are spread so that it meets each input of its group in turn.
+// Depthwise convolution, and small groups: vectors along the channels, several neighbouring sites
+// at once so that each weight is loaded once for all of them. A lane is an output channel; with
+// groups of G channels the input lanes are spread so that it meets each input of its group in turn.
 // Included by kernels.inl. G is the size of a group, 1 for depthwise.
 
 // The taps of a window that lie inside the input, in the packed order. An inner site has them all.
@@ -131,14 +131,17 @@ class DirectConv {
       const int64_t ox = walk.to(sites[0]);
       const int64_t by = conv_base(g, g.y, walk.y), bx = conv_base(g, g.x, ox);
       int rows = 1;
-      while (rows < kDirectSites && i + rows < end &&
-             sites[rows] == sites[0] + rows * out_step && ox + rows * out_step < walk.w)
+      while (rows < kDirectSites && i + rows < end && sites[rows] == sites[0] + rows * out_step &&
+             ox + rows * out_step < walk.w)
         ++rows;
       const bool inner_y = by + lo_y_ >= 0 && by + hi_y_ < p_.x.h;
       const bool inner = inner_y && bx + lo_x_ >= 0 && bx + hi_x_ < p_.x.w;
-      // Of a run that reaches over the border its first site is done alone, and the rest tried again.
-      if (!inner || bx + (rows - 1) * in_step + hi_x_ >= p_.x.w || p_.pre_scale != nullptr) rows = 1;
-      const T* base = static_cast<const T*>(p_.x.data) + ((walk.n * p_.x.h + by) * p_.x.w + bx) * p_.x.ld;
+      // Of a run that reaches over the border its first site is done alone, and the rest tried
+      // again.
+      if (!inner || bx + (rows - 1) * in_step + hi_x_ >= p_.x.w || p_.pre_scale != nullptr)
+        rows = 1;
+      const T* base =
+          static_cast<const T*>(p_.x.data) + ((walk.n * p_.x.h + by) * p_.x.w + bx) * p_.x.ld;
       run(base, in_step * p_.x.ld, rows, inner ? all_ : inside(by, bx), i);
       i += rows;
     }

@@ -93,8 +93,7 @@ struct Finish {
   template <int V>
   void clamped_up_to(const float* y, int64_t ldy, const int32_t* sites, int64_t count,
                      int64_t first, int64_t c, uint8_t* active) const {
-    if (c == V * kLanes)
-      return clamped_rows<V>(y, ldy, sites, count, first, c, active, AllLanes{});
+    if (c == V * kLanes) return clamped_rows<V>(y, ldy, sites, count, first, c, active, AllLanes{});
     if constexpr (kLanes >= 8) {
       if (c > (V - 1) * kLanes)
         return clamped_rows<V>(y, ldy, sites, count, first, c, active, c - (V - 1) * kLanes);

@@ -141,7 +141,7 @@ class Gather {
   const T* x_;
   const T* end_;
   int64_t lo_y_ = 0, hi_y_ = 0, lo_x_ = 0, hi_x_ = 0;  // of the taps, 0 included
-  int64_t piece_;  // floats copied at once
-  int64_t reach_;  // elements from the base to the end of what an inner row may read
+  int64_t piece_;                                      // floats copied at once
+  int64_t reach_;                 // elements from the base to the end of what an inner row may read
   std::vector<int64_t> offsets_;  // of the pieces, from the base
 };

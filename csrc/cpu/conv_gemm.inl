@@ -2,11 +2,12 @@
 // multiplied with the packed panels, and finished while a tile of results is in the L1 cache.
 // Included by kernels.inl. T is the type of the feature maps.
 
-constexpr int64_t kRowsBytes = 384 << 10;   // of gathered rows a block may take
-constexpr int64_t kTileBytes = 192 << 10;   // of results, where all channels are kept at once
+constexpr int64_t kRowsBytes = 384 << 10;  // of gathered rows a block may take
+constexpr int64_t kTileBytes = 192 << 10;  // of results, where all channels are kept at once
 constexpr int64_t kMaxRows = 112;
-constexpr int64_t kDepth = 512;             // of k between two visits of a tile
-constexpr double kSmallWork = 1 << 20;      // multiply-adds below which threads cost more than they give
+constexpr int64_t kDepth = 512;  // of k between two visits of a tile
+constexpr double kSmallWork =
+    1 << 20;  // multiply-adds below which threads cost more than they give
 
 // At most kGemmRows candidates that are multiplied together.
 struct RowGroup {
@@ -191,8 +192,8 @@ template <class T>
 inline void conv_phase_as(const ConvParams& p, const ConvSites& work) {
   const int64_t n = work.count, channels = p.out.acc.c;
   const int64_t taps = static_cast<int64_t>(work.phase.taps.size());
-  const double multiply_adds = static_cast<double>(n * channels) *
-                               static_cast<double>(taps * work.layout.cin + 8);
+  const double multiply_adds =
+      static_cast<double>(n * channels) * static_cast<double>(taps * work.layout.cin + 8);
   const int64_t threads = multiply_adds < kSmallWork ? 1 : num_threads();
   if (work.layout.direct) {
     // Long tasks: a window's upper rows are then still in this core's cache from the row before.
@@ -205,7 +206,8 @@ inline void conv_phase_as(const ConvParams& p, const ConvSites& work) {
     return;
   }
   // With few candidates the channels are shared out too: a thread then streams half the weights.
-  const int64_t column_groups = work.layout.groups > 1 ? 1 : (channels + kTruncationGroup - 1) / kTruncationGroup;
+  const int64_t column_groups =
+      work.layout.groups > 1 ? 1 : (channels + kTruncationGroup - 1) / kTruncationGroup;
   const int64_t rows = ConvBlock<T>::max_rows(work);
   const bool few = n < 2 * threads * kGemmRows || (n + rows - 1) / rows < 2 * threads;
   const int64_t splits = few && column_groups >= threads ? threads : 1;

@@ -99,9 +99,8 @@ void pack_conv_weight(const ConvGeometry& g, const float* weight, float* packed)
         for (const ConvTap& tap : phase.taps)
           for (int64_t c = 0; c < layout.cin; ++c)
             for (int64_t j = first; j < first + width; ++j)
-              *dst++ = j < layout.cout
-                           ? at(group * layout.cout + j, group * layout.cin + c, tap)
-                           : 0.f;
+              *dst++ =
+                  j < layout.cout ? at(group * layout.cout + j, group * layout.cin + c, tap) : 0.f;
       }
   }
 }

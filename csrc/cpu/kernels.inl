@@ -20,7 +20,8 @@ namespace deltafx::DELTAFX_ISA {
 #include "cpu/conv_gemm.inl"
 
 extern const Kernels table;
-const Kernels table = {DELTAFX_ISA_NAME, encode,        affine,   gather_channels, layer_norm, binary,
-                        pool2d,           global_pool2d, resize2d, pad2d,           conv_phase};
+const Kernels table = {DELTAFX_ISA_NAME, encode, affine,    gather_channels,
+                       layer_norm,       binary, pool2d,    global_pool2d,
+                       resize2d,         pad2d,  conv_phase};
 
 }  // namespace deltafx::DELTAFX_ISA

@@ -5,8 +5,8 @@
 namespace deltafx::cuda {
 namespace {
 
-// Eight output channels of a site, before the activation: the sums, the bias, and a residual that is
-// added before the activation.
+// Eight output channels of a site, before the activation: the sums, the bias, and a residual that
+// is added before the activation.
 template <class T>
 struct Direct {
   GemmParams p;
@@ -25,8 +25,7 @@ struct Direct {
       for (int jx = 0; jx < taps_x; ++jx) {
         const int ix = base_x + jx * p.x_axis.phase.step;
         if (ix < 0 || ix >= p.x.w) continue;
-        const T* x =
-            static_cast<const T*>(p.x.data) + ((at.n * p.x.h + iy) * p.x.w + ix) * p.x.ld;
+        const T* x = static_cast<const T*>(p.x.data) + ((at.n * p.x.h + iy) * p.x.w + ix) * p.x.ld;
         const T* w = weight + static_cast<int64_t>(jy * taps_x + jx) * group_in * cout;
         if (group_in == 1 && group_out == 1 && p.pre_scale == nullptr) {
           float v[kVector], k[kVector];

@@ -91,8 +91,7 @@ class GemmFinish {
       row_[b] = inside ? rows_.first + row : -1;
       site_[b] = inside ? tile_[rows_.first + row].site : -1;
       if (site_[b] < 0 || rule_.count <= 0) continue;
-      if (rule_.policy != Policy::none)
-        load_packet(acc_at(site_[b]), p_.acc_aligned, old_[b]);
+      if (rule_.policy != Policy::none) load_packet(acc_at(site_[b]), p_.acc_aligned, old_[b]);
       if (p_.residual.data != nullptr)
         load_packet(static_cast<const T*>(p_.residual.data) + site_[b] * p_.residual.ld + c0_,
                     p_.residual_aligned, residual_[b]);

@@ -31,8 +31,7 @@ __global__ void __launch_bounds__(kSiteThreads)
     const int own = i + static_cast<int>(threadIdx.x % 32) / lanes;
     const bool valid = own < reader.size();
     const int site = valid ? list.entries[reader.entry(own)] : 0;
-    const Position at =
-        position_of(site, static_cast<int>(out.acc.h), static_cast<int>(out.acc.w));
+    const Position at = position_of(site, static_cast<int>(out.acc.h), static_cast<int>(out.acc.w));
     bool active = false;
     for (int base = 0; base < channels; base += lanes * kVector) {
       const int c0 = base + lane * kVector;

@@ -1,5 +1,5 @@
-// deltafx::global_pool2d: the mean over all sites of a stream. `partial` keeps exact sums over tiles
-// of kPoolTile consecutive sites; a tile with an active site is summed anew, never added to.
+// deltafx::global_pool2d: the mean over all sites of a stream. `partial` keeps exact sums over
+// tiles of kPoolTile consecutive sites; a tile with an active site is summed anew, never added to.
 #include "ops/dispatch.h"
 #include "ops/schema.h"
 

@@ -45,8 +45,8 @@ PoolAxis adaptive_axis(int64_t in, int64_t out, int32_t* table) {
 #ifdef DELTAFX_CUDA
 cuda::PoolRule window_rule(const Window& w, int64_t in, int64_t out, bool count_include_pad,
                            int64_t divisor) {
-  return {static_cast<int>(in),       static_cast<int>(out),        static_cast<int>(w.kernel),
-          static_cast<int>(w.stride), static_cast<int>(w.pad),      static_cast<int>(w.dilation),
+  return {static_cast<int>(in),       static_cast<int>(out),    static_cast<int>(w.kernel),
+          static_cast<int>(w.stride), static_cast<int>(w.pad),  static_cast<int>(w.dilation),
           count_include_pad,          static_cast<int>(divisor)};
 }
 

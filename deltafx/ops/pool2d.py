@@ -55,9 +55,7 @@ def pool2d(
     if kind == "max":
         y = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
     else:
-        y = F.avg_pool2d(
-            x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
-        )
+        y = F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
     return activate(y, act, act_params, act_weight)
 
 
