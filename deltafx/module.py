@@ -165,8 +165,8 @@ class DeltaModule(fx.GraphModule):
         if streams is None:
             for compiled in self._cache.values():
                 compiled.age = 0
-                for slot in compiled.instance.plan.slots:
-                    compiled.buffers[acc_name(slot)].fill_(float("nan"))
+                for name in compiled.instance.plan.slots:
+                    compiled.buffers[acc_name(name)].fill_(float("nan"))
             return
         if self._current is None:
             return

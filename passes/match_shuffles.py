@@ -55,5 +55,5 @@ def _shuffle(node: fx.Node) -> tuple[fx.Node | None, list[int]]:
 
 def _swaps_groups(node: fx.Node) -> bool:
     if node.target == aten.transpose.int:
-        return sorted(int(d) % 5 for d in node.args[1:3]) == [1, 2]  # type: ignore[arg-type]
-    return node.target == aten.permute.default and list(node.args[1]) == [0, 2, 1, 3, 4]  # type: ignore[arg-type]
+        return sorted(int(d) % 5 for d in node.args[1:3]) == [1, 2]
+    return node.target == aten.permute.default and list(node.args[1]) == [0, 2, 1, 3, 4]
