@@ -28,8 +28,8 @@ CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_ba
 
 def examples(count: int) -> settings:
     return settings(
-        max_examples=count, deadline=None, suppress_health_check=CHECKS, derandomize=True, database=None,
-        print_blob=True,
+        max_examples=count, deadline=None, suppress_health_check=CHECKS, derandomize=True,
+        database=None, print_blob=True,
     )  # fmt: skip
 
 
