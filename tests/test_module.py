@@ -257,3 +257,16 @@ def test_bf16():
     model.to(torch.bfloat16)
     compiled = deltafx.compile(model, threshold=0)
     exact_over(model, compiled, [f.bfloat16() for f in clip(2, 3, 8, 8)])
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="groups of few outputs are multiplied together with zero weights, and 0 * NaN is NaN",
+)
+@pytest.mark.parametrize(("channels", "outputs", "groups"), [(12, 6, 3), (4, 8, 4), (6, 6, 2)])
+def test_a_nan_stays_in_its_group(channels, outputs, groups):
+    model = nn.Conv2d(channels, outputs, 3, padding=1, groups=groups).eval()
+    compiled = deltafx.compile(model, threshold=0)
+    frame = torch.randn(1, channels, 9, 9)
+    frame[0, 0, 4, 4] = float("nan")
+    assert torch.equal(compiled(frame).isnan(), model(frame).isnan())
