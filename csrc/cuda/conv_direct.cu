@@ -51,18 +51,23 @@ struct Direct {
   static constexpr int kTapsAtOnce = 3;
   __device__ void add_taps(const T* row, const T* w, int base_x, int jx, int taps, int cout,
                            float (&y)[kVector]) const {
-    float v[kTapsAtOnce][kVector] = {}, k[kTapsAtOnce][kVector] = {};
+    Packet<T> v[kTapsAtOnce], k[kTapsAtOnce];
+    bool inside[kTapsAtOnce];
 #pragma unroll
     for (int j = 0; j < kTapsAtOnce; ++j) {
       const int offset = (jx + j) * p.x_axis.phase.step, ix = base_x + offset;
-      if (j >= taps || ix < 0 || ix >= p.x.w) continue;
-      load_vector(row + offset * p.x.ld, kVector, true, v[j]);
-      load_vector(w + static_cast<int64_t>(jx + j) * cout, kVector, true, k[j]);
+      inside[j] = j < taps && ix >= 0 && ix < p.x.w;
+      if (!inside[j]) continue;
+      v[j].load(row + offset * p.x.ld);
+      k[j].load(w + static_cast<int64_t>(jx + j) * cout);
     }
 #pragma unroll
-    for (int j = 0; j < kTapsAtOnce; ++j)
+    for (int j = 0; j < kTapsAtOnce; ++j) {
+      if (!inside[j]) continue;
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) y[i] = fmaf(v[j][i], k[j][i], y[i]);
+      for (int i = 0; i < kVector; ++i)
+        y[i] = fmaf(to_float(v[j].elements[i]), to_float(k[j].elements[i]), y[i]);
+    }
   }
 
   // One tap of any grouping, with the prologue.

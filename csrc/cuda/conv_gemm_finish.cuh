@@ -127,9 +127,7 @@ class GemmFinish {
 
   __device__ void load_packet(const T* from, bool aligned, Packet<T>& packet) const {
     if (aligned) {
-#pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof(packet.words) / 16); ++i)
-        packet.words[i] = reinterpret_cast<const uint4*>(from)[i];
+      packet.load(from);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i)

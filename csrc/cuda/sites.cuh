@@ -13,7 +13,7 @@ constexpr int kSiteThreads = 256;
 // than 256 channels is several pieces, so that few candidates still fill the device.
 // f(position, site, c0, count, y): y[0..count) = channels [c0, c0 + count), before the activation.
 template <class T, class F>
-__global__ void __launch_bounds__(kSiteThreads)
+__global__ void __launch_bounds__(kSiteThreads, 3)
     sites_kernel(const __grid_constant__ Output out, const __grid_constant__ Activation act,
                  bool aligned, CandidateList list, int lanes, const __grid_constant__ F f) {
   __shared__ typename ListReader<kSiteThreads>::Shared shared;
