@@ -19,23 +19,23 @@ struct Direct {
     const int base_y = p.y.base(at.y), base_x = p.x_axis.base(at.x);
     const int taps_x = p.x_axis.phase.taps, cout = static_cast<int>(p.out.acc.c);
     const T* weight = static_cast<const T*>(p.weight) + c0;
+    const bool depthwise = group_in == 1 && group_out == 1 && p.pre_scale == nullptr;
     for (int jy = 0; jy < p.y.phase.taps; ++jy) {
       const int iy = base_y + jy * p.y.phase.step;
       if (iy < 0 || iy >= p.x.h) continue;
+      const T* row =
+          static_cast<const T*>(p.x.data) + ((at.n * p.x.h + iy) * p.x.w + base_x) * p.x.ld;
+      const T* w = weight + static_cast<int64_t>(jy * taps_x) * group_in * cout;
+      if (depthwise && x_aligned && weight_aligned) {
+        for (int jx = 0; jx < taps_x; jx += kTapsAtOnce)
+          add_taps(row + c0, w, base_x, jx, min(kTapsAtOnce, taps_x - jx), cout, y);
+        continue;
+      }
       for (int jx = 0; jx < taps_x; ++jx) {
         const int ix = base_x + jx * p.x_axis.phase.step;
         if (ix < 0 || ix >= p.x.w) continue;
-        const T* x = static_cast<const T*>(p.x.data) + ((at.n * p.x.h + iy) * p.x.w + ix) * p.x.ld;
-        const T* w = weight + static_cast<int64_t>(jy * taps_x + jx) * group_in * cout;
-        if (group_in == 1 && group_out == 1 && p.pre_scale == nullptr) {
-          float v[kVector], k[kVector];
-          load_vector(x + c0, count, x_aligned, v);
-          load_vector(w, count, weight_aligned, k);
-#pragma unroll
-          for (int i = 0; i < kVector; ++i) y[i] = fmaf(v[i], k[i], y[i]);
-        } else {
-          add_tap(x, w, c0, count, cout, y);
-        }
+        add_tap(row + jx * p.x_axis.phase.step * p.x.ld,
+                w + static_cast<int64_t>(jx) * group_in * cout, c0, count, cout, y);
       }
     }
     if (p.residual.data == nullptr) return;
@@ -45,6 +45,29 @@ struct Direct {
     if (p.residual_after_act) activate(p.act, c0, count, y);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) y[i] += residual[i];
+  }
+
+  // Neighbouring taps of a depthwise convolution, all of them read before the first is used.
+  static constexpr int kTapsAtOnce = 3;
+  __device__ void add_taps(const T* row, const T* w, int base_x, int jx, int taps, int cout,
+                           float (&y)[kVector]) const {
+    Packet<T> v[kTapsAtOnce], k[kTapsAtOnce];
+    bool inside[kTapsAtOnce];
+#pragma unroll
+    for (int j = 0; j < kTapsAtOnce; ++j) {
+      const int offset = (jx + j) * p.x_axis.phase.step, ix = base_x + offset;
+      inside[j] = j < taps && ix >= 0 && ix < p.x.w;
+      if (!inside[j]) continue;
+      v[j].load(row + offset * p.x.ld);
+      k[j].load(w + static_cast<int64_t>(jx + j) * cout);
+    }
+#pragma unroll
+    for (int j = 0; j < kTapsAtOnce; ++j) {
+      if (!inside[j]) continue;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        y[i] = fmaf(to_float(v[j].elements[i]), to_float(k[j].elements[i]), y[i]);
+    }
   }
 
   // One tap of any grouping, with the prologue.

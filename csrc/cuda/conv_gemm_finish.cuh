@@ -40,7 +40,7 @@ class GemmFinish {
   using T = typename Traits::T;
   static constexpr int kGroups = Traits::kColumns / static_cast<int>(kTruncationGroup);
   static constexpr int kUnits = Traits::kThreads / kGroupLanes;  // groups finished at once
-  static constexpr int kBatch = sizeof(T) == 2 ? 4 : 2;          // times that for a fetch
+  static constexpr int kBatch = sizeof(T) == 2 && Traits::kParts ? 4 : 2;  // times for a fetch
 
  public:
   __device__ GemmFinish(const GemmParams& p, const GemmRow<T>* tile, const TileRows& rows,
@@ -62,6 +62,23 @@ class GemmFinish {
     fetch(0);
   }
 
+  // Asks for what a first fetch will read, long before: called ahead of the product.
+  static __device__ void prefetch(const GemmParams& p, const GemmRow<T>* tile, int first, int rows,
+                                  int first_column) {
+    const int column = first_column + static_cast<int>(threadIdx.x) / kGroupLanes % kGroups *
+                                          static_cast<int>(kTruncationGroup);
+    if (column >= p.out.acc.c || threadIdx.x % kGroupLanes != 0) return;
+    for (int unit = static_cast<int>(threadIdx.x) / kGroupLanes; unit < rows * kGroups;
+         unit += kUnits) {
+      const int site = tile[first + unit / kGroups].site;
+      if (site < 0) return;
+      if (p.out.truncation.policy != Policy::none)
+        prefetch_line(static_cast<const T*>(p.out.acc.data) + site * p.out.acc.ld + column);
+      if (p.residual.data != nullptr)
+        prefetch_line(static_cast<const T*>(p.residual.data) + site * p.residual.ld + column);
+    }
+  }
+
   // Finishes all rows, once the sums are in shared memory; returns for how many of them this thread
   // was the first to find the site active.
   __device__ int run(const float* sums, uint32_t sums_address) {
@@ -81,6 +98,10 @@ class GemmFinish {
   }
 
  private:
+  static __device__ void prefetch_line(const T* at) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+  }
+
   // Starts reading the accumulator and the residual of the batch's sites.
   __device__ void fetch(int batch) {
 #pragma unroll
@@ -104,9 +125,7 @@ class GemmFinish {
 
   __device__ void load_packet(const T* from, bool aligned, Packet<T>& packet) const {
     if (aligned) {
-#pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof(packet.words) / 16); ++i)
-        packet.words[i] = reinterpret_cast<const uint4*>(from)[i];
+      packet.load(from);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i)

@@ -182,6 +182,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       if (first_step + s < last_step) loader.load(s);
       commit_copies();
     }
+    // The blocks of a split tile finish a part of its rows each.
+    const int own_rows = split ? kRows / parts : kRows, own_first = split ? rank * own_rows : 0;
+    GemmFinish<Traits>::prefetch(p, rows, own_first, own_rows, first_column);
     int part_end = split ? last_step : steps / parts, part = 1;
     for (int step = first_step; step < last_step; ++step) {
       wait_for_copies<Traits::kStages - 2>();
@@ -200,10 +203,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
         }
       }
     }
-    // The blocks of a split tile finish a part of its rows each.
-    const int own_rows = split ? kRows / parts : kRows;
-    GemmFinish<Traits> finish(
-        p, rows, {entries, split ? rank * own_rows : 0, own_rows, split ? parts : 1}, first_column);
+    GemmFinish<Traits> finish(p, rows, {entries, own_first, own_rows, split ? parts : 1},
+                              first_column);
     wait_for_copies<0>();
     __syncthreads();
     if constexpr (Traits::kParts)

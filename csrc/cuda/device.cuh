@@ -49,6 +49,11 @@ union Packet {
   uint4 words[kVector * sizeof(T) / 16];
   T elements[kVector];
   __device__ Packet() {}
+  __device__ void load(const T* aligned) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(words) / 16); ++i)
+      words[i] = reinterpret_cast<const uint4*>(aligned)[i];
+  }
 };
 
 // v = p[0..count), the rest 0. `aligned`: p is at a multiple of 16 bytes and count is kVector.
@@ -57,9 +62,7 @@ __device__ __forceinline__ void load_vector(const T* p, int count, bool aligned,
                                             float (&v)[kVector]) {
   if (aligned) {
     Packet<T> packet;
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(packet.words) / 16); ++i)
-      packet.words[i] = reinterpret_cast<const uint4*>(p)[i];
+    packet.load(p);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) v[i] = to_float(packet.elements[i]);
   } else {

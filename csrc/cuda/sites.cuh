@@ -9,11 +9,13 @@ namespace deltafx::cuda {
 
 constexpr int kSiteThreads = 256;
 
-// A site is the work of `lanes` threads, 8 to 32, each with a vector of channels at a time.
+// A piece of work is a site's next `lanes` * 8 channels, by `lanes` threads, 8 to 32; a site of
+// more than 256 channels is several pieces, so that few candidates still fill the device.
 // f(position, site, c0, count, y): y[0..count) = channels [c0, c0 + count), before the activation.
 template <class T, class F>
-__global__ void __launch_bounds__(kSiteThreads)
-    sites_kernel(Output out, Activation act, bool aligned, CandidateList list, int lanes, F f) {
+__global__ void __launch_bounds__(kSiteThreads, 3)
+    sites_kernel(const __grid_constant__ Output out, const __grid_constant__ Activation act,
+                 bool aligned, CandidateList list, int lanes, const __grid_constant__ F f) {
   __shared__ typename ListReader<kSiteThreads>::Shared shared;
   __shared__ int active_total;
   if (threadIdx.x == 0) active_total = 0;
@@ -22,34 +24,37 @@ __global__ void __launch_bounds__(kSiteThreads)
   if (blockIdx.x == 0 && threadIdx.x == 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(out.counts),
               static_cast<unsigned long long>(reader.size()));
-  const int per_warp = 32 / lanes, lane = threadIdx.x % lanes;
+  const FastActivation activation(act);
+  const int channels = static_cast<int>(out.acc.c), lane = threadIdx.x % lanes;
+  const int pieces = (channels + lanes * kVector - 1) / (lanes * kVector);
+  const int per_warp = 32 / lanes, work = reader.size() * pieces;
   const int first = (blockIdx.x * kSiteThreads + threadIdx.x) / 32 * per_warp;
   const int step = static_cast<int>(gridDim.x) * (kSiteThreads / 32) * per_warp;
-  const int channels = static_cast<int>(out.acc.c);
   int found = 0;
-  for (int i = first; i < reader.size(); i += step) {
+  for (int i = first; i < work; i += step) {
     const int own = i + static_cast<int>(threadIdx.x % 32) / lanes;
-    const bool valid = own < reader.size();
-    const int site = valid ? list.entries[reader.entry(own)] : 0;
+    const bool valid = own < work;
+    const int64_t entry = valid ? reader.entry(own / pieces) : 0;
+    const int site =
+        valid ? static_cast<int>(static_cast<uint32_t>(list.entries[entry]) & ~kActiveBit) : 0;
     const Position at = position_of(site, static_cast<int>(out.acc.h), static_cast<int>(out.acc.w));
-    bool active = false;
-    for (int base = 0; base < channels; base += lanes * kVector) {
-      const int c0 = base + lane * kVector;
-      const int count = valid ? min(kVector, channels - c0) : 0;
-      float y[kVector] = {};
-      if (count > 0) {
-        f(at, site, c0, count, y);
-        activate(act, c0, count, y);
-      }
-      active |= update_group<T>(out, aligned, site, c0, count, y);
+    const int c0 = own % pieces * lanes * kVector + lane * kVector;
+    const int count = valid ? min(kVector, channels - c0) : 0;
+    float y[kVector] = {};
+    if (count > 0) {
+      f(at, site, c0, count, y);
+      activation.apply(act, c0, count, y);
     }
+    const bool active = update_group<T>(out, aligned, site, c0, count, y) && valid;
     const unsigned ballot = __ballot_sync(kAllLanes, active);
     const unsigned own_lanes = (lanes == 32 ? kAllLanes : (1u << lanes) - 1)
                                << (threadIdx.x % 32 / lanes * lanes);
-    if (valid && lane == 0 && (ballot & own_lanes) != 0) {
-      out.mask.data[site] = 1;
+    if (!valid || lane != 0 || (ballot & own_lanes) == 0) continue;
+    out.mask.data[site] = 1;
+    // A site of several pieces counts once: whoever marks its entry first counts it.
+    if (pieces == 1 ||
+        !(atomicOr(reinterpret_cast<unsigned*>(list.entries) + entry, kActiveBit) & kActiveBit))
       ++found;
-    }
   }
   if (found > 0) atomicAdd(&active_total, found);
   __syncthreads();
@@ -63,9 +68,9 @@ cudaError_t launch_sites_as(const Output& out, const Activation& act, const Cand
                             const F& f, cudaStream_t stream) {
   const FeatureMap& acc = out.acc;
   const int lanes = acc.c <= 64 ? 8 : acc.c <= 128 ? 16 : 32;
-  const int64_t per_block = kSiteThreads / lanes;
+  const int64_t per_block = kSiteThreads / lanes, pieces = (acc.c + 255) / 256;
   const int64_t most = int64_t{8} * current_device().multiprocessors;
-  const int64_t needed = (acc.sites() + per_block - 1) / per_block;
+  const int64_t needed = (acc.sites() * pieces + per_block - 1) / per_block;
   const Grid grid{static_cast<int>(needed < most ? needed : most), kSiteThreads};
   return launch(sites_kernel<T, F>, grid, stream, out, act, is_aligned(acc), list, lanes, f);
 }
