@@ -29,8 +29,8 @@ class Config:
         input_block: The input is gated in squares of this many sites a side; 1 gates every site by
             itself.
         refresh_every: Every so many frames nothing is truncated (all thresholds are 0 in it), so
-            that no value stays stale for longer; 0 is never. What did not change at all is not
-            computed then either: a still picture stays free.
+            that small changes do not pile up for longer; 0 is never. What did not change at all
+            is not computed then either: a still picture stays free.
         scale_floor: A channel's scale is at least this share of its layer's mean scale.
         max_states: How many states (one for each shape, dtype and device of the input) are kept;
             the least recently used is dropped.

@@ -342,7 +342,7 @@ class DeltaModule(fx.GraphModule):
             held.copy_(compiled.thresholds)
 
     def _refresh_if_due(self, compiled: _Compiled) -> None:
-        """Every so many frames nothing is truncated, so that no value is stale for longer."""
+        """Every so many frames nothing is truncated, so that small changes come in too."""
         every = self.config.refresh_every
         refreshing = every > 0 and compiled.age == 0
         if refreshing != compiled.refreshing:

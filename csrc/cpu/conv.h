@@ -8,10 +8,8 @@
 // Packed weights, the same for every instruction set (fp32):
 //   direct      (depthwise, and groups of 2, 4 or 8 channels in and out) per phase
 //               [tap][input channel of the group][output channel]
-//   otherwise   per phase, per merged group, panels of 32 output channels [tap][channel of the
+//   otherwise   per phase, per group, panels of 32 output channels [tap][channel of the
 //               group][32]; a last panel with at most 16 channels is 16 wide.
-// Other groups with fewer than 16 outputs are merged block-diagonally up to 16: a vector is not
-// narrower.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +44,7 @@ struct ConvPhase {
 
 struct ConvLayout {
   bool direct;
-  int64_t groups, cin, cout;      // groups, merged ones if not direct; channels of each
+  int64_t groups, cin, cout;      // groups; channels of each
   std::vector<ConvPhase> phases;  // [remainder y][remainder x]
 
   // Output channels of a group as the panels pad them.

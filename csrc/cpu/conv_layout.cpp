@@ -45,13 +45,6 @@ ConvLayout groups_of(const ConvGeometry& g) {
   layout.cout = g.cout / g.groups;
   const int64_t n = layout.cin;
   layout.direct = n == layout.cout && (n == 1 || (g.groups > 1 && (n == 2 || n == 4 || n == 8)));
-  if (layout.direct) return layout;
-  int64_t merged = 1;
-  for (int64_t m = 2; m <= g.groups && m * layout.cout <= 16; ++m)
-    if (g.groups % m == 0) merged = m;
-  layout.groups /= merged;
-  layout.cin *= merged;
-  layout.cout *= merged;
   return layout;
 }
 
@@ -79,9 +72,8 @@ ConvLayout conv_layout(const ConvGeometry& g) {
 void pack_conv_weight(const ConvGeometry& g, const float* weight, float* packed) {
   const ConvLayout layout = conv_layout(g);
   const int64_t group_in = g.cin / g.groups, group_out = g.cout / g.groups;
-  // The weight from input channel c to output channel o; 0 across groups.
+  // The weight from input channel c to output channel o of the same group.
   const auto at = [&](int64_t o, int64_t c, const ConvTap& tap) {
-    if (c / group_in != o / group_out) return 0.f;
     const int64_t row = g.transposed ? c * group_out + o % group_out : o * group_in + c % group_in;
     return weight[(row * g.y.kernel + tap.ky) * g.x.kernel + tap.kx];
   };

@@ -55,9 +55,8 @@ def packed_weight(
     cin, cout = (first // groups, second) if transposed else (second, first // groups)
     if cin == cout and (cin == 1 or (groups > 1 and cin in (2, 4, 8))):
         return weight.new_empty(weight.numel(), dtype=torch.float32)
-    merged = max((m for m in range(1, groups + 1) if groups % m == 0 and m * cout <= 16), default=1)
-    rest = merged * cout % 32
-    columns = merged * cout - rest + (0 if rest == 0 else 16 if rest <= 16 else 32)
+    rest = cout % 32
+    columns = cout - rest + (0 if rest == 0 else 16 if rest <= 16 else 32)
     return weight.new_empty(groups * cin * columns * kh * kw, dtype=torch.float32)
 
 
