@@ -63,7 +63,7 @@ def test_the_input_threshold_is_for_the_input():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"treshold": 1}, "unknown option 'treshold'; the options are input_block,"),
+        ({"treshold": 1}, "unknown option 'treshold'; the options are cuda_graph, input_block,"),
         ({"threshold": -0.1}, "threshold must be finite and >= 0, not -0.1"),
         ({"threshold": math.nan}, "threshold must be finite"),
         ({"threshold": "high"}, "threshold must be a number, not 'high'"),

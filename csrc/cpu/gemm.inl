@@ -78,10 +78,12 @@ inline void gemm_panel(const float* a, int64_t lda, int rows, const float* b, in
   for (int64_t j = 0; j < width && j < columns;) {
     const bool wide = columns - j > kLanes && width - j >= 2 * kLanes;
     const GemmTile tile = wide ? two : one;
-    for (int64_t k0 = 0; k0 < k; k0 += kGemmChain) {
+    int64_t k0 = 0;
+    do {  // once where k is 0 too: a phase without taps still has its zeros to write
       const int64_t depth = k - k0 < kGemmChain ? k - k0 : kGemmChain;
       tile(a + k0, lda, b + j + k0 * width, width, depth, c + j, ldc, accumulate || k0 > 0);
-    }
+      k0 += kGemmChain;
+    } while (k0 < k);
     j += (wide ? 2 : 1) * kLanes;
   }
 }
