@@ -320,7 +320,9 @@ class DeltaModule(fx.GraphModule):
             return
         self._thresholds_hold = False  # until all names have been found
         plan = self._current.instance.plan
-        values = self.thresholds.resolve(tuple(plan.truncating), self._current.instance.frame_inputs)
+        values = self.thresholds.resolve(
+            tuple(plan.truncating), self._current.instance.frame_inputs
+        )
         held = self._current.buffers[THRESHOLDS]
         self._current.thresholds = torch.tensor(values, device=held.device)
         self._hold_thresholds(self._current)

@@ -1,8 +1,8 @@
 """The time that a frame's work cannot go below, node by node.
 
 A node's floor is the largest of: its bytes over the measured bandwidth (the candidates' own
-accumulator read and written, and its weights; the input, which neighbours share, is left out), its operations
-over the measured rate of a large matrix product, and 2 us for its launches.
+accumulator read and written, and its weights; the input, which neighbours share, is left out), its
+operations over the measured rate of a large matrix product, and 2 us for its launches.
 """
 
 from __future__ import annotations

@@ -27,13 +27,9 @@ void check_dtype_on(const Tensor& t, DType dtype) {
 FeatureMap feature_map(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 4, "deltafx: ", name, " must be [N, C, H, W], not of ", t.dim(),
                     " dimensions");
-  FeatureMap map{nullptr,   dtype_of(t, name), t.size(0), t.size(1),
-                 t.size(2), t.size(3),         0};
+  FeatureMap map{nullptr, dtype_of(t, name), t.size(0), t.size(1), t.size(2), t.size(3), 0};
   // Sizes of 1 leave their strides free, so take the site stride from the axes that tell it.
-  map.ld = map.w > 1   ? t.stride(3)
-           : map.h > 1 ? t.stride(2)
-           : map.n > 1 ? t.stride(0)
-                       : map.c;
+  map.ld = map.w > 1 ? t.stride(3) : map.h > 1 ? t.stride(2) : map.n > 1 ? t.stride(0) : map.c;
   const bool fits = (map.c == 1 || t.stride(1) == 1) && (map.w == 1 || t.stride(3) == map.ld) &&
                     (map.h == 1 || t.stride(2) == map.w * map.ld) &&
                     (map.n == 1 || t.stride(0) == map.h * map.w * map.ld) && map.ld >= map.c;
@@ -137,9 +133,9 @@ Activation activation_of(std::string_view act, c10::ArrayRef<double> params,
 
 Window window_of(c10::ArrayRef<int64_t> kernel, c10::ArrayRef<int64_t> stride,
                  c10::ArrayRef<int64_t> padding, c10::ArrayRef<int64_t> dilation, int axis) {
-  TORCH_CHECK_VALUE(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 &&
-                        dilation.size() == 2,
-                    "deltafx: kernel, stride, padding and dilation must have 2 elements");
+  TORCH_CHECK_VALUE(
+      kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+      "deltafx: kernel, stride, padding and dilation must have 2 elements");
   const Window w{kernel[axis], stride[axis], padding[axis], dilation[axis]};
   TORCH_CHECK_VALUE(w.kernel > 0 && w.stride > 0 && w.pad >= 0 && w.dilation > 0,
                     "deltafx: kernel, stride and dilation must be positive, padding not negative");

@@ -1,4 +1,5 @@
-// From tensors to the plain descriptions of types.h, with every argument checked. For csrc/ops only.
+// From tensors to the plain descriptions of types.h, with every argument checked. For csrc/ops
+// only.
 #pragma once
 
 #include <ATen/core/Tensor.h>

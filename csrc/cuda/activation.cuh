@@ -19,7 +19,8 @@ __device__ __forceinline__ void map_vector(float (&v)[kVector], const F& f) {
 }
 
 // The rarer activations, out of line so that they cost the kernels no registers.
-static __device__ __noinline__ float costly_activation(Act kind, float a, float b, float s, float v) {
+static __device__ __noinline__ float costly_activation(Act kind, float a, float b, float s,
+                                                       float v) {
   switch (kind) {
     case Act::tanh:
       return tanhf(v);
@@ -67,8 +68,7 @@ __device__ __forceinline__ void activate(const Activation& act, int c0, int coun
         if (i < count && !(v[i] > 0.f)) v[i] *= act.weight[c0 + i];
       return;
     default:
-      return map_vector(
-          v, [&](float x) { return costly_activation(act.kind, a, b, act.p[2], x); });
+      return map_vector(v, [&](float x) { return costly_activation(act.kind, a, b, act.p[2], x); });
   }
 }
 
@@ -98,7 +98,9 @@ struct FastActivation {
         low(act.kind == Act::identity   ? -INFINITY
             : act.kind == Act::hardtanh ? act.p[0]
                                         : 0.f),
-        high(act.kind == Act::relu6 ? 6.f : act.kind == Act::hardtanh ? act.p[1] : INFINITY) {}
+        high(act.kind == Act::relu6      ? 6.f
+             : act.kind == Act::hardtanh ? act.p[1]
+                                         : INFINITY) {}
 
   __device__ void apply(const Activation& act, int c0, int count, float (&v)[kVector]) const {
     if (!is_clamp) return activate_any(act, c0, count, v);

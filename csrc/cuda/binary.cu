@@ -19,8 +19,7 @@ struct OperandQuery {
 };
 
 __device__ __forceinline__ void load_operand(const Operand& operand, bool aligned, int n,
-                                             int64_t site, int c0, int count,
-                                             float (&v)[kVector]) {
+                                             int64_t site, int c0, int count, float (&v)[kVector]) {
   const int64_t offset = n * operand.stride_n + site * operand.stride_site;
   if (operand.stride_c != 0)
     return load_any(operand.data, operand.dtype, offset + c0, count, aligned, v);

@@ -22,8 +22,8 @@ constexpr uint32_t kActiveBit = 0x80000000u;
 
 // The part of a list for [n, h, w] output sites; `memory` has list_ints(sites) ints.
 inline int64_t list_segment_size(int64_t sites) {
-  const int64_t rounds = (sites + int64_t{kListThreads} * kMostSegments - 1) /
-                         (int64_t{kListThreads} * kMostSegments);
+  const int64_t rounds =
+      (sites + int64_t{kListThreads} * kMostSegments - 1) / (int64_t{kListThreads} * kMostSegments);
   return kListThreads * (rounds < 1 ? 1 : rounds);
 }
 inline CandidateList list_in(int32_t* memory, int64_t sites) {
@@ -32,8 +32,8 @@ inline CandidateList list_in(int32_t* memory, int64_t sites) {
           static_cast<int>(size)};
 }
 
-// Whether any of `count` bytes from `bytes` on, step apart, is set. Up to eight neighbours are read as
-// two words; `end` is where the mask ends, beyond which no word may reach.
+// Whether any of `count` bytes from `bytes` on, step apart, is set. Up to eight neighbours are read
+// as two words; `end` is where the mask ends, beyond which no word may reach.
 __device__ __forceinline__ bool any_set(const uint8_t* bytes, int count, int step,
                                         const uint8_t* begin, const uint8_t* end) {
   const auto address = reinterpret_cast<uintptr_t>(bytes);
@@ -105,7 +105,8 @@ class ListReader {
     int warps[kThreads / 32];
   };
 
-  __device__ ListReader(const CandidateList& list, Shared& shared) : list_(list), ends_(shared.ends) {
+  __device__ ListReader(const CandidateList& list, Shared& shared)
+      : list_(list), ends_(shared.ends) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int base = 0;
     for (int first = 0; first < list.segments; first += kThreads) {

@@ -19,8 +19,12 @@ PhaseAxis phase_axis(const Window& w, bool transposed, int remainder) {
   int first_k = 0;
   while (first_k < kernel && (remainder - first_k * dilation) % stride != 0) ++first_k;
   const int taps = first_k < kernel ? (kernel - 1 - first_k) / step_k + 1 : 0;
-  return {taps,      (remainder - first_k * dilation) / stride, -step_k * dilation / stride,
-          remainder, first_k,                                   step_k};
+  return {taps,
+          (remainder - first_k * dilation) / stride,
+          -step_k * dilation / stride,
+          remainder,
+          first_k,
+          step_k};
 }
 
 // Whether an output coordinate has a kernel element inside the input.
@@ -178,8 +182,8 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
   p.pre_act = c.pre_act;
   p.acc_aligned = is_aligned(c.out.acc);
   p.residual_aligned = is_aligned(c.residual);
-  const auto scales = reinterpret_cast<uintptr_t>(c.bias) |
-                      reinterpret_cast<uintptr_t>(c.out.truncation.inv_scale);
+  const auto scales =
+      reinterpret_cast<uintptr_t>(c.bias) | reinterpret_cast<uintptr_t>(c.out.truncation.inv_scale);
   p.scales_aligned = scales % 16 == 0 && c.out.acc.c % kVector == 0;
   p.list = list_in(launched.memory, sites);
   int64_t* op_counts = c.out.counts;

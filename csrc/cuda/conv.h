@@ -21,9 +21,9 @@ namespace deltafx::cuda {
 
 struct PhaseAxis {
   int taps;
-  int offset, step;        // input coordinates
-  int remainder;           // of (output coordinate + pad) modulo the stride, if transposed
-  int first_k, step_k;     // kernel elements
+  int offset, step;     // input coordinates
+  int remainder;        // of (output coordinate + pad) modulo the stride, if transposed
+  int first_k, step_k;  // kernel elements
 };
 
 struct Phase {
@@ -35,7 +35,9 @@ struct Phase {
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-inline int packed_channels(int cin) { return cin <= 4 ? 4 : cin; }
+    inline int packed_channels(int cin) {
+  return cin <= 4 ? 4 : cin;
+}
 
 bool on_tensor_cores(const ConvGeometry& geometry);
 int64_t packed_columns(int64_t cout);

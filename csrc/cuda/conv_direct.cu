@@ -5,8 +5,8 @@
 namespace deltafx::cuda {
 namespace {
 
-// Eight output channels of a site, before the activation: the sums, the bias, and a residual that is
-// added before the activation.
+// Eight output channels of a site, before the activation: the sums, the bias, and a residual that
+// is added before the activation.
 template <class T>
 struct Direct {
   GemmParams p;
@@ -23,8 +23,8 @@ struct Direct {
     for (int jy = 0; jy < p.y.phase.taps; ++jy) {
       const int iy = base_y + jy * p.y.phase.step;
       if (iy < 0 || iy >= p.x.h) continue;
-      const T* row = static_cast<const T*>(p.x.data) +
-                     ((at.n * p.x.h + iy) * p.x.w + base_x) * p.x.ld;
+      const T* row =
+          static_cast<const T*>(p.x.data) + ((at.n * p.x.h + iy) * p.x.w + base_x) * p.x.ld;
       const T* w = weight + static_cast<int64_t>(jy * taps_x) * group_in * cout;
       if (depthwise && x_aligned && weight_aligned) {
         for (int jx = 0; jx < taps_x; jx += kTapsAtOnce)

@@ -31,9 +31,9 @@ struct GemmParams {
   const float* pre_shift;
   Activation pre_act;
   GemmAxis y, x_axis;
-  int depth;         // taps * cin
-  int packed_depth;  // row length of the packed weights
-  int cluster;       // blocks that may share one tile's depth
+  int depth;                                           // taps * cin
+  int packed_depth;                                    // row length of the packed weights
+  int cluster;                                         // blocks that may share one tile's depth
   bool acc_aligned, residual_aligned, scales_aligned;  // the last: bias and inv_scale
   CandidateList list;
 };

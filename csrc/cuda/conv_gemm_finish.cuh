@@ -65,9 +65,8 @@ class GemmFinish {
   // Asks for what a first fetch will read, long before: called ahead of the product.
   static __device__ void prefetch(const GemmParams& p, const GemmRow<T>* tile, int first, int rows,
                                   int first_column) {
-    const int column = first_column +
-                       static_cast<int>(threadIdx.x) / kGroupLanes % kGroups *
-                           static_cast<int>(kTruncationGroup);
+    const int column = first_column + static_cast<int>(threadIdx.x) / kGroupLanes % kGroups *
+                                          static_cast<int>(kTruncationGroup);
     if (column >= p.out.acc.c || threadIdx.x % kGroupLanes != 0) return;
     for (int unit = static_cast<int>(threadIdx.x) / kGroupLanes; unit < rows * kGroups;
          unit += kUnits) {
@@ -113,8 +112,7 @@ class GemmFinish {
       row_[b] = inside ? rows_.first + row : -1;
       site_[b] = inside ? tile_[rows_.first + row].site : -1;
       if (site_[b] < 0 || rule_.count <= 0) continue;
-      if (rule_.policy != Policy::none)
-        load_packet(acc_at(site_[b]), p_.acc_aligned, old_[b]);
+      if (rule_.policy != Policy::none) load_packet(acc_at(site_[b]), p_.acc_aligned, old_[b]);
       if (p_.residual.data != nullptr)
         load_packet(static_cast<const T*>(p_.residual.data) + site_[b] * p_.residual.ld + c0_,
                     p_.residual_aligned, residual_[b]);

@@ -1,5 +1,5 @@
-// Convolution as an implicit matrix product over a list of candidate sites: a tile is kRows sites by
-// kColumns output channels. The sites' windows are gathered by cp.async into a ring of stages,
+// Convolution as an implicit matrix product over a list of candidate sites: a tile is kRows sites
+// by kColumns output channels. The sites' windows are gathered by cp.async into a ring of stages,
 // multiplied on tensor cores, and finished (bias, residual, activation, update rule) from fp32
 // results in shared memory, so that the accumulator is read and written in whole rows.
 #pragma once
@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 
   for (int tile = split ? static_cast<int>(blockIdx.x) / parts : static_cast<int>(blockIdx.x);
        tile < tiles; tile += stride) {
-    const int first_row = tile / column_tiles * kRows, first_column = tile % column_tiles * kColumns;
+    const int first_row = tile / column_tiles * kRows,
+              first_column = tile % column_tiles * kColumns;
     for (int r = tid; r < kRows; r += kThreads) {
       const bool valid = first_row + r < reader.size();
       const int64_t entry = valid ? reader.entry(first_row + r) : 0;
@@ -233,8 +234,7 @@ cudaError_t launch_gemm(GemmParams p, cudaStream_t stream) {
   if (!Traits::kParts || current_device().capability < 90) p.cluster = 1;
   const int64_t row_tiles = (p.out.acc.sites() + Traits::kRows - 1) / Traits::kRows;
   const int64_t tiles = row_tiles * ((p.out.acc.c + Traits::kColumns - 1) / Traits::kColumns);
-  const int64_t most =
-      int64_t{Traits::kBlocksPerMultiprocessor} * current_device().multiprocessors;
+  const int64_t most = int64_t{Traits::kBlocksPerMultiprocessor} * current_device().multiprocessors;
   int64_t blocks = tiles * p.cluster < most ? tiles * p.cluster : most;
   blocks -= blocks % p.cluster;
   return launch(conv_gemm_kernel<Traits>,
@@ -242,8 +242,8 @@ cudaError_t launch_gemm(GemmParams p, cudaStream_t stream) {
                 stream, p);
 }
 
-// Large tiles pay once a twentieth of the sites fills the device with them; chunks where a vector of
-// channels is within a tap.
+// Large tiles pay once a twentieth of the sites fills the device with them; chunks where a vector
+// of channels is within a tap.
 template <class Math>
 cudaError_t launch_conv_gemm(const GemmParams& p, cudaStream_t stream) {
   using Chunks = GemmTraits<Math, Gather::chunks, false>;

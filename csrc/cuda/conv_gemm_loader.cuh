@@ -35,8 +35,7 @@ struct GemmRow {
                                     static_cast<int>(p.out.acc.w));
     y = site < 0 ? -(1 << 30) : p.y.base(at.y);
     x = p.x_axis.base(at.x);
-    from = static_cast<const T*>(p.x.data) +
-           ((at.n * p.x.h + p.y.base(at.y)) * p.x.w + x) * p.x.ld;
+    from = static_cast<const T*>(p.x.data) + ((at.n * p.x.h + p.y.base(at.y)) * p.x.w + x) * p.x.ld;
     for (int j = 0; j < min(p.y.phase.taps, kMostTaps); ++j)
       taps |= (in(y + j * p.y.phase.step, p.x.h) ? 1u : 0u) << j;
     for (int j = 0; j < min(p.x_axis.phase.taps, kMostTaps); ++j)
@@ -106,8 +105,8 @@ class GemmLoader {
  private:
   // How far a tap's site lies from tap 0's, in elements.
   __device__ int64_t distance(int tap_y, int tap_x) const {
-    return (static_cast<int64_t>(tap_y * p_.y.phase.step) * p_.x.w +
-            tap_x * p_.x_axis.phase.step) * p_.x.ld;
+    return (static_cast<int64_t>(tap_y * p_.y.phase.step) * p_.x.w + tap_x * p_.x_axis.phase.step) *
+           p_.x.ld;
   }
 
   // To the next step's channel, and tap.

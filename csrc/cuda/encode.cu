@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads) narrow_kernel(EncodeParams p) {
       beyond |= !(fabsf(scaled) <= t);
       total += scaled * scaled;
     }
-    changed = !compare                            ? true
-              : t == 0.f                          ? differs
+    changed = !compare                           ? true
+              : t == 0.f                         ? differs
               : truncation.policy == Policy::rms ? !(total <= t * t * static_cast<float>(c))
                                                  : beyond;
     if (changed) {
@@ -94,8 +94,7 @@ __global__ void __launch_bounds__(kThreads) wide_kernel(EncodeParams p, bool ali
       const int c0 = base + lane * kVector, count = min(kVector, c - c0);
       float y[kVector];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        y[i] = i < count ? to_float(x[(c0 + i) * p.stride_c]) : 0.f;
+      for (int i = 0; i < kVector; ++i) y[i] = i < count ? to_float(x[(c0 + i) * p.stride_c]) : 0.f;
       active |= update_group<T>(p.out, aligned, static_cast<int>(site), c0, count, y);
     }
     if (__any_sync(kAllLanes, active) && lane == 0) {
@@ -190,8 +189,7 @@ cudaError_t encode_from(const EncodeParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t encode(const EncodeParams& p, cudaStream_t stream) {
-  const cudaError_t error =
-      launch(start_kernel, {1, 1}, stream, p.out.counts, p.out.acc.sites());
+  const cudaError_t error = launch(start_kernel, {1, 1}, stream, p.out.counts, p.out.acc.sites());
   if (error != cudaSuccess) return error;
   switch (p.dtype) {
     case DType::f32:

@@ -92,8 +92,7 @@ cudaError_t global_pool2d(const GlobalPoolParams& p, int32_t* memory, cudaStream
   int32_t* tile_active = memory + list_ints(p.out.acc.sites());
   const auto chunks = static_cast<int>((x.c + 32 * kVector - 1) / (32 * kVector));
   const Grid grid{static_cast<int>(x.n) * tiles, 32 * kRows, 0, 1, chunks};
-  const cudaError_t error =
-      launch(tile_kernel, grid, stream, p, tiles, is_aligned(x), tile_active);
+  const cudaError_t error = launch(tile_kernel, grid, stream, p, tiles, is_aligned(x), tile_active);
   if (error != cudaSuccess) return error;
   const Mean f{p.partial, x.c, tiles, static_cast<float>(sites), x.c % kVector == 0};
   return update_sites(p.out, p.act, StreamQuery{tile_active, tiles}, f, memory, stream);

@@ -1,6 +1,6 @@
-// The delta ops on CUDA, for csrc/ops. Each enqueues its kernels on a stream and returns the launch's
-// error. `memory`: list_ints(sites of the accumulator) ints on the device, which may be reused as
-// soon as the call returns by work that is later on the same stream.
+// The delta ops on CUDA, for csrc/ops. Each enqueues its kernels on a stream and returns the
+// launch's error. `memory`: list_ints(sites of the accumulator) ints on the device, which may be
+// reused as soon as the call returns by work that is later on the same stream.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -34,8 +34,9 @@ struct Pad {
 }  // namespace
 
 cudaError_t pad2d(const PadParams& p, int32_t* memory, cudaStream_t stream) {
-  const Pad f{p.out.acc, p.x.map, p.x.mask, static_cast<int>(p.top), static_cast<int>(p.left),
-              is_aligned(p.x.map), p.value};
+  const Pad f{
+      p.out.acc,           p.x.map, p.x.mask, static_cast<int>(p.top), static_cast<int>(p.left),
+      is_aligned(p.x.map), p.value};
   return update_sites(p.out, {Act::identity, {}, nullptr}, f, f, memory, stream);
 }
 

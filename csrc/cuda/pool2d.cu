@@ -12,13 +12,13 @@ struct Range {
 __device__ Range range_of(const PoolRule& r, int o) {
   if (r.kernel == 0) {
     const int begin = static_cast<int>(static_cast<int64_t>(o) * r.in / r.out);
-    const int end =
-        static_cast<int>((static_cast<int64_t>(o + 1) * r.in + r.out - 1) / r.out);
+    const int end = static_cast<int>((static_cast<int64_t>(o + 1) * r.in + r.out - 1) / r.out);
     return {begin, end, end - begin};
   }
   const int start = o * r.stride - r.pad;
   const int stop = min(start + (r.kernel - 1) * r.dilation + 1, r.in + r.pad);
-  const int first = start >= 0 ? start : start + (-start + r.dilation - 1) / r.dilation * r.dilation;
+  const int first =
+      start >= 0 ? start : start + (-start + r.dilation - 1) / r.dilation * r.dilation;
   const int last = max(min(stop, r.in), 0);
   const int own = r.count_include_pad ? stop - start : last - first;
   return {min(first, last), last, r.divisor != 0 ? r.divisor : own};

@@ -1,5 +1,6 @@
-// What an output coordinate of a pool or a resize reads along one axis, as rules rather than tables:
-// torch's, evaluated on the device. They must round as csrc/ops does when it makes the tables.
+// What an output coordinate of a pool or a resize reads along one axis, as rules rather than
+// tables: torch's, evaluated on the device. They must round as csrc/ops does when it makes the
+// tables.
 #pragma once
 
 #include <cstdint>

@@ -9,8 +9,8 @@ namespace deltafx::cuda {
 
 constexpr int kSiteThreads = 256;
 
-// A piece of work is a site's next `lanes` * 8 channels, by `lanes` threads, 8 to 32; a site of more
-// than 256 channels is several pieces, so that few candidates still fill the device.
+// A piece of work is a site's next `lanes` * 8 channels, by `lanes` threads, 8 to 32; a site of
+// more than 256 channels is several pieces, so that few candidates still fill the device.
 // f(position, site, c0, count, y): y[0..count) = channels [c0, c0 + count), before the activation.
 template <class T, class F>
 __global__ void __launch_bounds__(kSiteThreads, 3)
@@ -35,11 +35,9 @@ __global__ void __launch_bounds__(kSiteThreads, 3)
     const int own = i + static_cast<int>(threadIdx.x % 32) / lanes;
     const bool valid = own < work;
     const int64_t entry = valid ? reader.entry(own / pieces) : 0;
-    const int site = valid ? static_cast<int>(static_cast<uint32_t>(list.entries[entry]) &
-                                              ~kActiveBit)
-                           : 0;
-    const Position at =
-        position_of(site, static_cast<int>(out.acc.h), static_cast<int>(out.acc.w));
+    const int site =
+        valid ? static_cast<int>(static_cast<uint32_t>(list.entries[entry]) & ~kActiveBit) : 0;
+    const Position at = position_of(site, static_cast<int>(out.acc.h), static_cast<int>(out.acc.w));
     const int c0 = own % pieces * lanes * kVector + lane * kVector;
     const int count = valid ? min(kVector, channels - c0) : 0;
     float y[kVector] = {};

@@ -1,5 +1,5 @@
-// deltafx::affine: y = act(x * scale[c] + shift[c]). A batch norm that could not be folded, or, with
-// neither scale nor shift, an activation by itself.
+// deltafx::affine: y = act(x * scale[c] + shift[c]). A batch norm that could not be folded, or,
+// with neither scale nor shift, an activation by itself.
 #include "ops/dispatch.h"
 #include "ops/schema.h"
 

@@ -10,7 +10,8 @@ BinaryOp op_of(c10::string_view op) {
   if (op == "add") return BinaryOp::add;
   if (op == "sub") return BinaryOp::sub;
   if (op == "mul") return BinaryOp::mul;
-  TORCH_CHECK_VALUE(op == "div", "deltafx: op must be 'add', 'sub', 'mul' or 'div', not '", op, "'");
+  TORCH_CHECK_VALUE(op == "div", "deltafx: op must be 'add', 'sub', 'mul' or 'div', not '", op,
+                    "'");
   return BinaryOp::div;
 }
 
@@ -33,10 +34,10 @@ Operand operand_of(const Tensor& t, const OptionalTensor& mask, const Tensor& ac
   TORCH_CHECK_VALUE(gate || (size[2] == acc.size(2) && size[3] == acc.size(3)), "deltafx: ", name,
                     " must have both height and width, or neither, but is ", t.sizes());
   const int64_t site = size[3] > 1 ? stride[3] : stride[2];
-  TORCH_CHECK_VALUE((size[1] == 1 || stride[1] == 1) &&
-                        (size[2] == 1 || stride[2] == size[3] * site),
-                    "deltafx: ", name, " must be channels_last; it has sizes ", t.sizes(),
-                    " and strides ", t.strides());
+  TORCH_CHECK_VALUE(
+      (size[1] == 1 || stride[1] == 1) && (size[2] == 1 || stride[2] == size[3] * site),
+      "deltafx: ", name, " must be channels_last; it has sizes ", t.sizes(), " and strides ",
+      t.strides());
   operand.stride_n = stride[0];
   operand.stride_site = site;
   operand.stride_c = stride[1];

@@ -19,10 +19,10 @@ void conv2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
             const OptionalTensor& threshold, c10::string_view policy) {
   const Window wy = window_of(kernel, stride, padding, dilation, 0);
   const Window wx = window_of(kernel, stride, padding, dilation, 1);
-  ConvParams p = conv_params({acc, mask, counts, x, x_mask, weight, bias, residual, residual_mask,
-                              residual_after_act, act, act_params, act_weight, inv_scale, threshold,
-                              policy},
-                             wy, wx, groups, /*transposed=*/false);
+  ConvParams p =
+      conv_params({acc, mask, counts, x, x_mask, weight, bias, residual, residual_mask,
+                   residual_after_act, act, act_params, act_weight, inv_scale, threshold, policy},
+                  wy, wx, groups, /*transposed=*/false);
   const auto size = [](int64_t in, const Window& w) {
     return (in + 2 * w.pad - w.dilation * (w.kernel - 1) - 1) / w.stride + 1;
   };

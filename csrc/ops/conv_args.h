@@ -28,13 +28,13 @@ struct ConvArgs {
 // Everything but the prologue and the weight. `window_y` and `window_x` come from window_of.
 ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Window& window_x,
                        int64_t groups, bool transposed);
-// Runs it with a weight that was packed for the device of `acc`. fp32 on CUDA rounds its operands to
-// tf32 where torch.backends.cudnn.allow_tf32 lets the dense convolution do so.
+// Runs it with a weight that was packed for the device of `acc`. fp32 on CUDA rounds its operands
+// to tf32 where torch.backends.cudnn.allow_tf32 lets the dense convolution do so.
 void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc);
 
 #ifdef DELTAFX_CUDA
-// weight: [cout, cin / groups, kh, kw], transposed [cin, cout / groups, kh, kw], of the dtype of the
-// feature maps to be. The layout is that of cuda/conv.h.
+// weight: [cout, cin / groups, kh, kw], transposed [cin, cout / groups, kh, kw], of the dtype of
+// the feature maps to be. The layout is that of cuda/conv.h.
 Tensor pack_conv_weight_on_cuda(const ConvGeometry& geometry, const Tensor& weight);
 #endif
 

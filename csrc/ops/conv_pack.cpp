@@ -38,13 +38,11 @@ Tensor pack_conv_weight_on_cuda(const ConvGeometry& g, const Tensor& weight) {
     }
     const int64_t channels = cuda::packed_channels(static_cast<int>(g.cin));
     const int64_t depth = int64_t{phase.y.taps} * phase.x.taps * channels;
-    const Tensor filled =
-        at::constant_pad_nd(taps.permute({0, 2, 3, 1}), {0, channels - g.cin});
+    const Tensor filled = at::constant_pad_nd(taps.permute({0, 2, 3, 1}), {0, channels - g.cin});
     const Tensor rows = filled.reshape({g.cout, depth});
     const int64_t more_columns = cuda::packed_columns(g.cout) - g.cout;
     const int64_t more_depth = cuda::packed_depth(depth, dtype) - depth;
-    parts.push_back(
-        at::constant_pad_nd(rows, {0, more_depth, 0, more_columns}).reshape({-1}));
+    parts.push_back(at::constant_pad_nd(rows, {0, more_depth, 0, more_columns}).reshape({-1}));
   }
   return at::cat(parts).contiguous();
 }

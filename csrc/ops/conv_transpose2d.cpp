@@ -19,17 +19,17 @@ void conv_transpose2d(const Tensor& acc, const Tensor& mask, const Tensor& count
   const Window wx = window_of(kernel, stride, padding, dilation, 1);
   TORCH_CHECK_VALUE(output_padding.size() == 2 && output_padding[0] >= 0 && output_padding[1] >= 0,
                     "deltafx: output_padding must have 2 elements, not negative");
-  ConvParams p = conv_params(
-      {acc, mask, counts, x, x_mask, weight, bias, residual, residual_mask, residual_after_act, act,
-       act_params, act_weight, inv_scale, threshold, policy},
-      wy, wx, groups, /*transposed=*/true);
+  ConvParams p =
+      conv_params({acc, mask, counts, x, x_mask, weight, bias, residual, residual_mask,
+                   residual_after_act, act, act_params, act_weight, inv_scale, threshold, policy},
+                  wy, wx, groups, /*transposed=*/true);
   const auto size = [&](int64_t in, const Window& w, int64_t extra) {
     return (in - 1) * w.stride - 2 * w.pad + w.dilation * (w.kernel - 1) + extra + 1;
   };
   const int64_t h = size(p.x.h, wy, output_padding[0]), w = size(p.x.w, wx, output_padding[1]);
   TORCH_CHECK_VALUE(p.out.acc.h == h && p.out.acc.w == w, "deltafx: the accumulator is ",
-                    p.out.acc.h, " x ", p.out.acc.w,
-                    " but this transposed convolution of x gives ", h, " x ", w);
+                    p.out.acc.h, " x ", p.out.acc.w, " but this transposed convolution of x gives ",
+                    h, " x ", w);
   run_conv(p, weight, acc);
 }
 

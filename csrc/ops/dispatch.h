@@ -14,29 +14,29 @@
 
 namespace deltafx {
 
-// launch(memory, stream), with `ints` ints of device memory, on acc's device and its current stream.
+// launch(memory, stream), with `ints` ints of device memory, on acc's device and its current
+// stream.
 template <class Launch>
 void run_on_cuda(const Tensor& acc, int64_t ints, const Launch& launch) {
   const c10::cuda::CUDAGuard guard(acc.device());
   const Tensor memory = at::empty({ints}, acc.options().dtype(at::kInt));
-  C10_CUDA_CHECK(launch(memory.mutable_data_ptr<int32_t>(),
-                        c10::cuda::getCurrentCUDAStream().stream()));
+  C10_CUDA_CHECK(
+      launch(memory.mutable_data_ptr<int32_t>(), c10::cuda::getCurrentCUDAStream().stream()));
 }
 
 }  // namespace deltafx
 
-#define DELTAFX_IMPL(...)                                  \
-  TORCH_LIBRARY_IMPL(deltafx, CPU, m) { __VA_ARGS__; }     \
+#define DELTAFX_IMPL(...)                              \
+  TORCH_LIBRARY_IMPL(deltafx, CPU, m) { __VA_ARGS__; } \
   TORCH_LIBRARY_IMPL(deltafx, CUDA, m) { __VA_ARGS__; }
 // Runs op `name`, whose kernels take nothing but p.
-#define DELTAFX_RUN(name, p, acc)                                                             \
-  do {                                                                                        \
-    if ((acc).is_cuda())                                                                      \
-      return run_on_cuda(acc, cuda::list_ints((p).out.acc.sites()),                           \
-                         [&](int32_t* memory, cudaStream_t stream) {                          \
-                           return cuda::name(p, memory, stream);                              \
-                         });                                                                  \
-    kernels().name(p);                                                                        \
+#define DELTAFX_RUN(name, p, acc)                                                               \
+  do {                                                                                          \
+    if ((acc).is_cuda())                                                                        \
+      return run_on_cuda(                                                                       \
+          acc, cuda::list_ints((p).out.acc.sites()),                                            \
+          [&](int32_t* memory, cudaStream_t stream) { return cuda::name(p, memory, stream); }); \
+    kernels().name(p);                                                                          \
   } while (false)
 #else
 #define DELTAFX_IMPL(...) \

@@ -1,5 +1,5 @@
-// deltafx::gather_channels: y[c] = act(x[index[c]]). A channel shuffle, or, without an index, a copy
-// into a slice of a concatenation.
+// deltafx::gather_channels: y[c] = act(x[index[c]]). A channel shuffle, or, without an index, a
+// copy into a slice of a concatenation.
 #include "ops/dispatch.h"
 #include "ops/schema.h"
 

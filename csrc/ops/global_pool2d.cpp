@@ -1,5 +1,5 @@
-// deltafx::global_pool2d: the mean over all sites of a stream. `partial` keeps exact sums over tiles
-// of kPoolTile consecutive sites; a tile with an active site is summed anew, never added to.
+// deltafx::global_pool2d: the mean over all sites of a stream. `partial` keeps exact sums over
+// tiles of kPoolTile consecutive sites; a tile with an active site is summed anew, never added to.
 #include "ops/dispatch.h"
 #include "ops/schema.h"
 
@@ -21,9 +21,8 @@ void global_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts,
   const int64_t tiles = (p.x.map.h * p.x.map.w + kPoolTile - 1) / kPoolTile;
   check_same_device(partial, acc, "partial");
   TORCH_CHECK_TYPE(partial.scalar_type() == at::kFloat, "deltafx: partial must be float32");
-  TORCH_CHECK_VALUE(partial.is_contiguous() && partial.dim() == 3 &&
-                        partial.size(0) == p.x.map.n && partial.size(1) == tiles &&
-                        partial.size(2) == p.x.map.c,
+  TORCH_CHECK_VALUE(partial.is_contiguous() && partial.dim() == 3 && partial.size(0) == p.x.map.n &&
+                        partial.size(1) == tiles && partial.size(2) == p.x.map.c,
                     "deltafx: partial must be contiguous of [", p.x.map.n, ", ", tiles, ", ",
                     p.x.map.c, "], not ", partial.sizes());
   p.partial = static_cast<float*>(partial.data_ptr());
@@ -40,8 +39,7 @@ void global_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
-  m.def("global_pool2d(" DELTAFX_HEAD
-        "Tensor(d!) partial, Tensor x, Tensor x_mask, " DELTAFX_TAIL,
+  m.def("global_pool2d(" DELTAFX_HEAD "Tensor(d!) partial, Tensor x, Tensor x_mask, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});
 }
 DELTAFX_IMPL(m.impl("global_pool2d", global_pool2d))

@@ -7,17 +7,16 @@ namespace deltafx {
 namespace {
 
 void pad2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
-           const Tensor& x_mask, at::IntArrayRef pad, double value,
-           const OptionalTensor& inv_scale, const OptionalTensor& threshold,
-           c10::string_view policy) {
+           const Tensor& x_mask, at::IntArrayRef pad, double value, const OptionalTensor& inv_scale,
+           const OptionalTensor& threshold, c10::string_view policy) {
   PadParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
   check_dtype_on(acc, p.out.acc.dtype);
   p.x = input_like(x, x_mask, acc, false);
   TORCH_CHECK_VALUE(pad.size() == 4, "deltafx: pad must have 4 elements, not ", pad.size());
-  TORCH_CHECK_VALUE(acc.size(3) == x.size(3) + pad[0] + pad[1] &&
-                        acc.size(2) == x.size(2) + pad[2] + pad[3],
-                    "deltafx: x of ", x.sizes(), " padded by ", pad, " is not ", acc.sizes());
+  TORCH_CHECK_VALUE(
+      acc.size(3) == x.size(3) + pad[0] + pad[1] && acc.size(2) == x.size(2) + pad[2] + pad[3],
+      "deltafx: x of ", x.sizes(), " padded by ", pad, " is not ", acc.sizes());
   p.left = pad[0];
   p.top = pad[2];
   p.value = static_cast<float>(value);

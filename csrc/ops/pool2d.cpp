@@ -1,5 +1,5 @@
-// deltafx::pool2d and deltafx::adaptive_pool2d: maximum or average over windows of sites. The output
-// size is the accumulator's, so ceil_mode needs no flag.
+// deltafx::pool2d and deltafx::adaptive_pool2d: maximum or average over windows of sites. The
+// output size is the accumulator's, so ceil_mode needs no flag.
 #include <algorithm>
 
 #include "cpu/parallel.h"
@@ -22,7 +22,8 @@ PoolAxis window_axis(const Window& w, int64_t in, int64_t out, bool count_includ
   for (int64_t o = 0; o < out; ++o) {
     const int64_t start = o * w.stride - w.pad;
     const int64_t stop = std::min(start + (w.kernel - 1) * w.dilation + 1, in + w.pad);
-    const int64_t first = start >= 0 ? start : start + (-start + w.dilation - 1) / w.dilation * w.dilation;
+    const int64_t first =
+        start >= 0 ? start : start + (-start + w.dilation - 1) / w.dilation * w.dilation;
     const int64_t last = std::max(std::min(stop, in), int64_t{0});
     begin[o] = static_cast<int32_t>(std::min(first, last));
     end[o] = static_cast<int32_t>(last);
@@ -44,8 +45,8 @@ PoolAxis adaptive_axis(int64_t in, int64_t out, int32_t* table) {
 #ifdef DELTAFX_CUDA
 cuda::PoolRule window_rule(const Window& w, int64_t in, int64_t out, bool count_include_pad,
                            int64_t divisor) {
-  return {static_cast<int>(in),       static_cast<int>(out),        static_cast<int>(w.kernel),
-          static_cast<int>(w.stride), static_cast<int>(w.pad),      static_cast<int>(w.dilation),
+  return {static_cast<int>(in),       static_cast<int>(out),    static_cast<int>(w.kernel),
+          static_cast<int>(w.stride), static_cast<int>(w.pad),  static_cast<int>(w.dilation),
           count_include_pad,          static_cast<int>(divisor)};
 }
 

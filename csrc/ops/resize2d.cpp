@@ -1,5 +1,5 @@
-// deltafx::resize2d: nearest, nearest-exact or bilinear resampling to the accumulator's size, at the
-// coordinates of torch's upsample_* on the CPU, which it computes in fp32.
+// deltafx::resize2d: nearest, nearest-exact or bilinear resampling to the accumulator's size, at
+// the coordinates of torch's upsample_* on the CPU, which it computes in fp32.
 #include <algorithm>
 #include <cmath>
 
@@ -66,10 +66,10 @@ void resize2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const
   const int64_t h = p.out.acc.h, w = p.out.acc.w;
 #ifdef DELTAFX_CUDA
   if (acc.is_cuda()) {
-    const cuda::Sampling sampling = p.linear ? align_corners ? cuda::Sampling::linear_corners
-                                                             : cuda::Sampling::linear
-                                    : kind == "nearest" ? cuda::Sampling::nearest
-                                                        : cuda::Sampling::nearest_exact;
+    const cuda::Sampling sampling =
+        p.linear ? align_corners ? cuda::Sampling::linear_corners : cuda::Sampling::linear
+        : kind == "nearest" ? cuda::Sampling::nearest
+                            : cuda::Sampling::nearest_exact;
     const auto rule = [&](int64_t in, int64_t out, std::optional<double> scale) {
       const float step =
           p.linear ? linear_step(in, out, align_corners, scale) : step_of(in, out, scale);

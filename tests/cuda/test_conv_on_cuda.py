@@ -55,7 +55,9 @@ class CudaProblem(Problem):
             op(*moved)
         for written in (0, 1, 2):
             back = moved[written]
-            whole, own = (back, args[written]) if back._base is None else (back._base, args[written]._base)
+            whole, own = (
+                (back, args[written]) if back._base is None else (back._base, args[written]._base)
+            )
             (own if own is not None else args[written]).copy_(whole)
 
     def tolerance(self, exact: Tensor) -> Tensor:

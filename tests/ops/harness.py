@@ -193,8 +193,11 @@ def opcheck(op: DeltaOp, kwargs: dict[str, Any], out_size: tuple[int, int], devi
         for name in op.inputs
     }  # fmt: skip
     given = {
-        k: make_map(v, v.dtype, device, False) if isinstance(v, Tensor) and v.dim() == 4
-        else v.to(device) if isinstance(v, Tensor) else v
+        k: make_map(v, v.dtype, device, False)
+        if isinstance(v, Tensor) and v.dim() == 4
+        else v.to(device)
+        if isinstance(v, Tensor)
+        else v
         for k, v in operator_arguments(op, kwargs).items()
     }
     arguments = {
