@@ -2,8 +2,9 @@
 
 Dense contestants: torch eager (channels_last), `torch.compile` with inductor freezing, and, where
 it is installed, OpenVINO. They and ours take turns of ten frames, so that a busy machine slows each
-alike and each has the caches to itself. A speedup is the ratio of the mean times; medians and the 10th and 90th percentile stand
-beside them. Ours runs with the defaults of `deltafx.compile`, its input as the video gives it.
+alike and each has the caches to itself. A speedup is the ratio of the mean times; medians and the
+10th and 90th percentile stand beside them. Ours runs with the defaults of
+`deltafx.compile`, its input as the video gives it.
 
     python -m benchmarks [--video FILE] [--frames 200] [--json FILE]
 """
@@ -186,7 +187,9 @@ def run_resnet(video: str, count: int) -> dict[str, Any]:
     return {
         "box over 5 %": measure(dense, deltafx.compile(model), box),
         "static": measure(dense, deltafx.compile(model), [background] * 20),
-        "everything changed": measure(dense, deltafx.compile(model), workloads.noise(background, 12)),
+        "everything changed": measure(
+            dense, deltafx.compile(model), workloads.noise(background, 12)
+        ),
     }
 
 

@@ -1,10 +1,10 @@
 """deltafx: CNNs on video, computed only where the picture changed.
 
-    import deltafx
+import deltafx
 
-    model = deltafx.compile(model)
-    for frame in video:
-        y = model(frame)
+model = deltafx.compile(model)
+for frame in video:
+    y = model(frame)
 """
 
 from deltafx import errors, ops

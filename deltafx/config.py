@@ -28,21 +28,21 @@ class Config:
         policy: The norm of a change over a truncation group: `"rms"` or `"max"`.
         input_block: The input is gated in squares of this many sites a side; 1 gates every site by
             itself.
-        refresh_every: Every so many frames nothing is truncated (all thresholds are 0 for that frame),
-            so that no value stays stale for longer; 0 is never. What did not change at all is not
-            computed then either: a still picture stays free.
+        refresh_every: Every so many frames nothing is truncated (all thresholds are 0 in it), so
+            that small changes do not pile up for longer; 0 is never. What did not change at all
+            is not computed then either: a still picture stays free.
         scale_floor: A channel's scale is at least this share of its layer's mean scale.
         max_states: How many states (one for each shape, dtype and device of the input) are kept;
             the least recently used is dropped.
         cuda_graph: Whether a frame on a CUDA device is launched as one CUDA graph.
     """
 
-    threshold: float = 0.1
+    threshold: float = 0.095
     input_threshold: float | None = None
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     policy: str = "rms"
     input_block: int = 16
-    refresh_every: int = 7
+    refresh_every: int = 6
     scale_floor: float = 0.05
     max_states: int = 4
     cuda_graph: bool = True
@@ -65,10 +65,10 @@ class Config:
         object.__setattr__(self, "thresholds", MappingProxyType(dict(self.thresholds)))
         if self.policy not in POLICIES:
             raise InvalidOptionError(f"policy must be one of {POLICIES}, not {self.policy!r}")
-        for name in ("input_block", "max_states"):
+        for name, least in (("input_block", 1), ("max_states", 1), ("refresh_every", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidOptionError(f"{name} must be an int >= 1, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidOptionError(f"{name} must be an int >= {least}, not {value!r}")
         floor = self.scale_floor
         if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor <= 1:
             raise InvalidOptionError(f"scale_floor must be in (0, 1], not {floor!r}")

@@ -1,12 +1,12 @@
 """A frame as one CUDA graph launch.
 
 Enters: the lowered graph with its tensors, on a CUDA device. Leaves: a callable in place of the
-graph's own function, which costs a launch instead of hundreds. The first frames run without a graph,
+graph's own function, which costs a launch instead of hundreds. The first frames run without one,
 so that everything that is set up once is; then one is captured. Frames are copied into memory that
 the graph reads, results out of memory that it writes. Nothing waits for the device.
 
-Where a frame cannot be captured (a dense op that synchronizes, or whose work depends on values), the
-frames go on without a graph, and a `CudaGraphWarning` says so once.
+Where a frame cannot be captured (a dense op that synchronizes, or whose work depends on values),
+the frames go on without a graph, and a `CudaGraphWarning` says so once.
 """
 
 from __future__ import annotations

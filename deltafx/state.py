@@ -83,8 +83,8 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
     """Makes the tensors of a state, by the names of their attributes.
 
     Accumulators hold NaN, which differs from every value: the first frame rewrites every site. The
-    scales are 1 until they are calibrated. Views (`mask_*`, `counts_*`, ...) share the memory of the
-    arenas.
+    scales are 1 until they are calibrated. Views (`mask_*`, `counts_*`, ...) share the memory
+    of the arenas.
     """
     device = plan.device
     made: dict[str, Tensor] = {

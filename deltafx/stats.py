@@ -108,8 +108,8 @@ class Explanation(Sequence[NodeInfo]):
     Attributes:
         nodes: In order.
         rewrites: How many rewrites each pass did.
-        front_end: `"fx"`, or `"python"` where fx could not trace the model, with `note`, the reason.
-        note: See there.
+        front_end: `"fx"`, or `"python"` where fx could not trace the model.
+        note: Why it could not.
     """
 
     nodes: tuple[NodeInfo, ...]
@@ -151,5 +151,3 @@ class Explanation(Sequence[NodeInfo]):
         lines.append(f"rewrites: {rewrites}")
         lines.append(f"{100 * self.delta_share:.1f}% of the multiply-adds are in delta ops")
         return "\n".join(lines)
-
-

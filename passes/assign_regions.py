@@ -56,7 +56,7 @@ def maps_of(node: fx.Node) -> list[fx.Node]:
     if op is not None:
         found = [node.kwargs.get(name) for name in op.inputs]
     elif node.kwargs.get("maps") is not None:
-        found = list(node.kwargs["maps"])  # type: ignore[call-overload]
+        found = list(node.kwargs["maps"])
     else:
         found = [node.kwargs["x"]]
     return list(dict.fromkeys(n for n in found if isinstance(n, fx.Node)))
@@ -101,4 +101,4 @@ def _is_depthwise(node: fx.Node) -> bool:
     if node.target is not conv2d:
         return False
     weight = constant(node.kwargs["weight"])
-    return weight is not None and weight.shape[1] == 1 and node.kwargs["groups"] != 1
+    return weight is not None and weight.shape[1] == 1 and bool(node.kwargs["groups"] != 1)

@@ -120,7 +120,9 @@ def _describe(node: fx.Node, context: Context) -> NodeInfo:
             **common,
         )
     view = is_view(node) and node.meta.get("delta")
-    kind, reason = ("view", "a place in an accumulator") if view else ("dense", _reason(node, context))
+    kind, reason = (
+        ("view", "a place in an accumulator") if view else ("dense", _reason(node, context))
+    )
     return NodeInfo(
         op=getattr(node.target, "__name__", str(node.target)),
         kind=kind,

@@ -66,7 +66,7 @@ def _fold_into_conv(conv: fx.Node, node: fx.Node) -> dict[str, Any]:
     if conv.target is conv2d:
         folded = weight * scale.reshape(-1, 1, 1, 1)
     else:
-        groups = int(conv.kwargs.get("groups", 1))  # type: ignore[arg-type]
+        groups = int(conv.kwargs.get("groups", 1))
         per_group = weight.reshape(groups, -1, *weight.shape[1:])
         folded = (per_group * scale.reshape(groups, 1, -1, 1, 1)).reshape(weight.shape)
     return {

@@ -1,7 +1,7 @@
 """fuse_activations: an activation by itself becomes the end of the op before it.
 
-    conv2d(x=x, ...) -> affine(act="relu")
-    conv2d(x=x, ..., act="relu")
+conv2d(x=x, ...) -> affine(act="relu")
+conv2d(x=x, ..., act="relu")
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """fuse_prologues: in pre-activation nets a batch norm goes into the convolution after it.
 
-    affine(x=x, scale=s, shift=t, act="relu") -> conv2d(x=affine)
-    conv2d(x=x, pre_scale=s, pre_shift=t, pre_act="relu")
+affine(x=x, scale=s, shift=t, act="relu") -> conv2d(x=affine)
+conv2d(x=x, pre_scale=s, pre_shift=t, pre_act="relu")
 """
 
 from __future__ import annotations

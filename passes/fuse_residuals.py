@@ -28,14 +28,14 @@ def fuse_residuals(gm: fx.GraphModule, context: Context) -> int:
         if node.target is not binary or node.kwargs["op"] != "add":
             continue
         a, b = node.kwargs["a"], node.kwargs["b"]
-        if a is b or value(a).shape != value(b).shape:  # type: ignore[arg-type]
+        if a is b or value(a).shape != value(b).shape:
             continue
         pairs = [(a, b), (b, a)]
-        pairs.sort(key=lambda p: -order[p[0]])  # type: ignore[index]
+        pairs.sort(key=lambda p: -order[p[0]])
         for conv, residual in pairs:
             if _takes(conv, node):
                 _fuse(gm, node, conv, residual)
-                order[conv] = order[node]  # type: ignore[index]
+                order[conv] = order[node]
                 count += 1
                 break
     clean(gm)

@@ -106,7 +106,7 @@ def _view_of(node: fx.Node, lifted: dict[fx.Node, Lifted]) -> Lifted | None:
     if not isinstance(x, fx.Node):
         return None
     if node.target == aten.permute.default:
-        dims = [int(d) % 4 for d in node.args[1]] if len(node.args[1]) == 4 else []  # type: ignore[arg-type,union-attr]
+        dims = [int(d) % 4 for d in node.args[1]] if len(node.args[1]) == 4 else []
         if dims == _TO_NHWC and is_map(x):
             return Lifted(x, "nhwc")
         if dims == _TO_NCHW and x in lifted and lifted[x].form == "nhwc":

@@ -3,7 +3,7 @@
 Enters: the planned graph. Leaves: a new graph over the attributes of a state and constants.
 
     conv2d(x=a, weight=w, act="relu")
-    deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, const_n_weight, ..., inv_scale_n, threshold_n)
+    deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, const_n_weight, ..., threshold_n)
 
 The masks are cleared first. Dense calls read accumulators as ordinary tensors. What leaves the
 graph is copied where it is, or may show, an accumulator: the next frame must not change it.
@@ -22,6 +22,7 @@ from deltafx.ops.base import constant
 from deltafx.ops.views import slice_channels
 from deltafx.passes.context import Context
 from deltafx.state import (
+    COUNTS,
     MASKS,
     StatePlan,
     counts_name,
@@ -89,7 +90,8 @@ def lower_ops(gm: fx.GraphModule, context: Context) -> tuple[fx.Graph, dict[str,
         if node.op == "placeholder":
             lowering.dense[node] = lowering.graph.placeholder(node.name)
     if context.plan.slots:
-        lowering.graph.call_function(aten.zero_.default, (lowering.attribute(MASKS),))
+        arenas = (lowering.attribute(MASKS), lowering.attribute(COUNTS))
+        lowering.graph.call_function(torch.ops.deltafx.clear_masks.default, arenas)
     for node in gm.graph.nodes:
         op = delta_op(node)
         if node.op in ("placeholder", "get_attr") or (is_view(node) and node.meta.get("delta")):

@@ -1,7 +1,7 @@
 """match_shuffles: a channel shuffle becomes one gather of channels.
 
-    reshape(x, [N, g, C/g, H, W]) -> transpose(1, 2) -> reshape([N, C, H, W])
-    gather_channels(x=x, index=[...])
+reshape(x, [N, g, C/g, H, W]) -> transpose(1, 2) -> reshape([N, C, H, W])
+gather_channels(x=x, index=[...])
 """
 
 from __future__ import annotations
@@ -55,5 +55,5 @@ def _shuffle(node: fx.Node) -> tuple[fx.Node | None, list[int]]:
 
 def _swaps_groups(node: fx.Node) -> bool:
     if node.target == aten.transpose.int:
-        return sorted(int(d) % 5 for d in node.args[1:3]) == [1, 2]  # type: ignore[arg-type]
-    return node.target == aten.permute.default and list(node.args[1]) == [0, 2, 1, 3, 4]  # type: ignore[arg-type]
+        return sorted(int(d) % 5 for d in node.args[1:3]) == [1, 2]
+    return node.target == aten.permute.default and list(node.args[1]) == [0, 2, 1, 3, 4]

@@ -147,11 +147,11 @@ def _with_weights(
 
 
 def _reshape_views(gm: fx.GraphModule) -> None:
-    """A view becomes a reshape, for accumulators are channels_last whatever the model's maps are."""
+    """A view becomes a reshape, for accumulators are channels_last whatever the model's maps."""
+    views = (aten.view.default, aten.view_copy.default, aten._unsafe_view.default)
     for node in gm.graph.nodes:
-        if node.target in (aten.view.default, aten.view_copy.default, aten._unsafe_view.default):
-            if not node.meta.get("mutated"):
-                node.target = aten.reshape.default
+        if node.target in views and not node.meta.get("mutated"):
+            node.target = aten.reshape.default
 
 
 def _drop_modes(gm: fx.GraphModule) -> None:
@@ -227,9 +227,7 @@ def split_into_slices(gm: fx.GraphModule) -> int:
             i = user.args[1] % len(sizes)
             start = sum(sizes[:i])
             with gm.graph.inserting_before(user):
-                part = gm.graph.call_function(
-                    aten.slice.Tensor, (x, dim, start, start + sizes[i])
-                )
+                part = gm.graph.call_function(aten.slice.Tensor, (x, dim, start, start + sizes[i]))
             part.meta["val"] = node.meta["val"][i]
             part._rename(f"{node.name}_{i}")
             user.replace_all_uses_with(part)

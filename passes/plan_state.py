@@ -94,14 +94,12 @@ def _side_by_side(node: fx.Node, places: dict[fx.Node, Place]) -> Place | None:
     return Place(first.slot, first.start, _channels(node))
 
 
-def _place(
-    gm: fx.GraphModule, node: fx.Node, place: Place, places: dict[fx.Node, Place]
-) -> None:
+def _place(gm: fx.GraphModule, node: fx.Node, place: Place, places: dict[fx.Node, Place]) -> None:
     """Places a concatenation and, slice by slice, its parts."""
     places[node] = place
     start = place.start
-    parts = []
-    for part in node.kwargs["maps"]:  # type: ignore[union-attr]
+    parts: list[fx.Node] = []
+    for part in node.kwargs["maps"]:
         slice_ = Place(place.slot, start, _channels(part))
         start += _channels(part)
         movable = part not in places and part.target is not slice_channels

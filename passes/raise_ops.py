@@ -12,6 +12,7 @@ from deltafx.ops import RAISE, delta_op, is_view
 from deltafx.ops.base import Refusal, has_kernels
 from deltafx.passes.context import Context, clean, replace
 
+
 def raise_ops(gm: fx.GraphModule, context: Context) -> int:
     """Applies the rules; returns the number of raised calls."""
     count = 0

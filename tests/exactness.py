@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,7 +41,7 @@ class Oracle:
         got = floats(outputs)
         assert [t.shape for t in got] == [t.shape for t in expected]
         dense = [
-            floats(self.dense(*pytree.tree_map(lambda a: _formatted(a, layout), args)))
+            floats(self.dense(*pytree.tree_map(functools.partial(_formatted, layout), args)))
             for layout in (torch.contiguous_format, torch.channels_last)
         ]
         for i, (o, e) in enumerate(zip(got, expected, strict=True)):
@@ -83,7 +84,7 @@ def _double(a: Any) -> Any:
     return a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
 
 
-def _formatted(a: Any, layout: torch.memory_format) -> Any:
+def _formatted(layout: torch.memory_format, a: Any) -> Any:
     return a.clone(memory_format=layout) if isinstance(a, Tensor) and a.dim() == 4 else a
 
 

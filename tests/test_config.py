@@ -36,6 +36,7 @@ def test_one_line_without_options():
         {"thresholds": {"m_0": 0.7, "input_0_encoded": 0}},
         {"policy": "max", "input_block": 1},
         {"input_block": 5, "scale_floor": 1.0, "max_states": 1},
+        {"refresh_every": 3, "threshold": 0.5},
     ],
 )
 def test_every_option(options):
@@ -53,7 +54,9 @@ def test_every_option(options):
 
 
 def test_the_input_threshold_is_for_the_input():
-    compiled = deltafx.compile(small(), threshold=0.3, input_threshold=0.1, example_inputs=(frames()[0],))
+    compiled = deltafx.compile(
+        small(), threshold=0.3, input_threshold=0.1, example_inputs=(frames()[0],)
+    )
     assert dict(compiled.thresholds) == {"input_0_encoded": 0.1, "m_0": 0.3, "m_2": 0.3}
 
 
@@ -76,6 +79,8 @@ def test_the_input_threshold_is_for_the_input():
         ({"scale_floor": 1.5}, r"scale_floor must be in \(0, 1\]"),
         ({"scale_floor": "a"}, r"scale_floor must be"),
         ({"max_states": 0}, "max_states must be an int >= 1"),
+        ({"refresh_every": -1}, "refresh_every must be an int >= 0, not -1"),
+        ({"refresh_every": 2.0}, "refresh_every must be an int >= 0"),
     ],
 )
 def test_options_out_of_range(options, message):

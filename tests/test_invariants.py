@@ -28,9 +28,13 @@ CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_ba
 
 def examples(count: int) -> settings:
     return settings(
-        max_examples=count, deadline=None, suppress_health_check=CHECKS, derandomize=True,
+        max_examples=count,
+        deadline=None,
+        suppress_health_check=CHECKS,
+        derandomize=True,
+        database=None,
         print_blob=True,
-    )  # fmt: skip
+    )
 
 
 Made = tuple[Net, tuple[int, int, int]]
@@ -95,7 +99,7 @@ def raised_graph(compiled: deltafx.DeltaModule, frame: torch.Tensor) -> fx.Graph
 
 
 def evaluate(gm: fx.GraphModule, compiled: deltafx.DeltaModule, frame: torch.Tensor) -> dict:
-    """Every delta node's `f`, of the accumulators of its inputs: in fp64 and in the dtype itself."""
+    """Every delta node's `f` of its inputs' accumulators: in fp64, and in the dtype itself."""
     known: dict[fx.Node, torch.Tensor] = {}
     found: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
     for node in gm.graph.nodes:
@@ -117,11 +121,13 @@ def evaluate(gm: fx.GraphModule, compiled: deltafx.DeltaModule, frame: torch.Ten
 
 
 def norms(change: torch.Tensor, policy: str, block: int) -> torch.Tensor:
-    """The policy's norm of each truncation group; of each square of the input, where it is gated so."""
+    """The policy's norm of each truncation group; of each square, where the input is gated so."""
     if block > 1:
         ones = torch.ones_like(change[:, :1])
+
         def total(t):
             return F.avg_pool2d(t, block, ceil_mode=True, divisor_override=1)
+
         count = total(ones) * change.shape[1]
         return (total(change.square().sum(1, keepdim=True)) / count).sqrt()
     groups = change.split(GROUP, 1)
@@ -135,8 +141,9 @@ def check_bounded(
 ) -> None:
     net, shape = made[0].to(dtype), made[1]
     compiled = deltafx.compile(
-        net, threshold=threshold, input_threshold=threshold / 2, policy=policy, input_block=block
-    )
+        net, threshold=threshold, input_threshold=threshold / 2, policy=policy, input_block=block,
+        refresh_every=scene.seed % 4,
+    )  # fmt: skip
     gm = None
     with torch.no_grad():
         for event, frame in scene.frames(2, shape, dtype):
@@ -209,7 +216,7 @@ def test_streams_do_not_touch_each_other(made: Made, scene: Scene, threshold: fl
     for (event, a), (_, b) in zip(scene.frames(1, shape), other.frames(1, shape), strict=True):
         if event == "reset stream":
             together.reset(1)
-            alone[1].reset()
+            alone[1].reset(0)
         together(torch.cat([a, b]))
         alone[0](a)
         alone[1](b)

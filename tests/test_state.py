@@ -9,46 +9,16 @@ import torch
 from torch import nn
 
 import deltafx
-from deltafx.errors import InvalidInputError, InvalidOptionError, TrainModeError, UnknownNodeError
+from deltafx.errors import InvalidInputError, InvalidOptionError, UnknownNodeError
 from deltafx.state import allocated_bytes
+from tests.branching_net import BranchingNet, clip
 from tests.exactness import exact_over
-
-
-class Net(nn.Module):
-    """Branches, a concatenation, a gate, a resize and a dense op; any number of sites."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.a = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.b = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.c = nn.Conv2d(16, 8, 1)
-        self.up = nn.Upsample(scale_factor=2)
-        self.eval()
-
-    def forward(self, x):
-        y = self.norm(self.a(x)).relu()
-        z = self.c(torch.cat([self.b(y), y], 1)) + y
-        return self.up(z * z.mean((2, 3), keepdim=True).sigmoid()), z.sin()
-
-
-def clip(*shape, count=8, seed=0):
-    """A first frame, the same again, a box that moves, and a cut."""
-    torch.manual_seed(seed)
-    frames = [torch.randn(shape)]
-    frames.append(frames[0])
-    for i in range(count - 3):
-        frame = frames[-1].clone()
-        frame[0, :, i : i + 3, i : i + 3] = torch.randn_like(frame[0, :, i : i + 3, i : i + 3])
-        frames.append(frame)
-    return [*frames, torch.randn(shape)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 3, 8, 9), (3, 3, 17, 33), (2, 3, 1, 1)])
 def test_the_bytes_are_told_before_and_right(shape, dtype):
-    compiled = deltafx.compile(Net().to(dtype))
+    compiled = deltafx.compile(BranchingNet().to(dtype))
     frame = torch.randn(shape).to(dtype)
     told = compiled.state_bytes(frame)
     assert dict(compiled.named_buffers(recurse=False)) == {}, "nothing may be allocated for it"
@@ -59,14 +29,14 @@ def test_the_bytes_are_told_before_and_right(shape, dtype):
 
 
 def test_the_state_is_not_saved():
-    model = Net()
+    model = BranchingNet()
     compiled = deltafx.compile(model)
     compiled(torch.randn(1, 3, 8, 8))
     assert set(compiled.state_dict()) == {f"model.{name}" for name in model.state_dict()}
 
 
 def test_a_static_frame_costs_the_comparison_only():
-    compiled = deltafx.compile(Net(), threshold=0.1)
+    compiled = deltafx.compile(BranchingNet(), threshold=0.1)
     frame = torch.randn(2, 3, 12, 12)
     for _ in range(3):
         compiled(frame)
@@ -77,7 +47,7 @@ def test_a_static_frame_costs_the_comparison_only():
 
 @pytest.mark.parametrize("threshold", [0, 0.2])
 def test_reset_forgets_everything(threshold):
-    model = Net()
+    model = BranchingNet()
     compiled = deltafx.compile(model, threshold=threshold)
     frames = clip(2, 3, 12, 12)
     for frame in frames:
@@ -88,7 +58,7 @@ def test_reset_forgets_everything(threshold):
 
 
 def test_one_stream_is_reset_alone():
-    model = Net()
+    model = BranchingNet()
     compiled = deltafx.compile(model, threshold=0)
     frame = torch.randn(3, 3, 10, 11)
     compiled(frame)
@@ -129,14 +99,14 @@ def test_streams_are_reset_where_a_node_has_another_batch():
 
 
 def test_reset_before_the_first_frame():
-    compiled = deltafx.compile(Net())
+    compiled = deltafx.compile(BranchingNet())
     compiled.reset()
     compiled.reset(0)
     assert len(compiled(torch.randn(1, 3, 8, 8))) == 2
 
 
 def test_signatures_have_states_of_their_own():
-    model = Net()
+    model = BranchingNet()
     compiled = deltafx.compile(model, threshold=0)
     clips = [clip(1, 3, 8, 9), clip(2, 3, 8, 9, seed=1), clip(1, 3, 16, 5, seed=2)]
     for together in zip(*clips, strict=True):
@@ -147,7 +117,7 @@ def test_signatures_have_states_of_their_own():
 
 
 def test_the_least_recently_used_state_is_dropped():
-    model = Net()
+    model = BranchingNet()
     compiled = deltafx.compile(model, threshold=0, max_states=2)
     frames = {size: torch.randn(1, 3, size, size) for size in (6, 7, 8)}
 
@@ -167,7 +137,7 @@ def test_the_least_recently_used_state_is_dropped():
 
 
 def test_thresholds_change_between_frames():
-    model = Net()
+    model = BranchingNet()
     compiled = deltafx.compile(model, threshold=0)
     frames = clip(1, 3, 16, 16)
     code = None
@@ -187,8 +157,28 @@ def test_thresholds_change_between_frames():
     assert compiled.code == code, "nothing was compiled again"
 
 
+def test_nothing_is_truncated_in_a_refresh():
+    model = BranchingNet()
+    compiled = deltafx.compile(model, threshold=0.5, refresh_every=3)
+    torch.manual_seed(0)
+    frame, noise = torch.randn(1, 3, 16, 16), 0.01 * torch.randn(10, 1, 3, 16, 16)
+    fractions = []
+    for i in range(7):
+        if i % 3 == 0:  # every site changes a little, so that every site is computed
+            exact_over(model, compiled, [frame + noise[i]])
+        else:
+            compiled(frame + noise[i])
+        fractions.append(compiled.stats().flop_fraction)
+    assert [f > 0.99 for f in fractions] == [i % 3 == 0 for i in range(7)]
+    compiled(frame + noise[7])
+    compiled.reset()
+    exact_over(model, compiled, [frame])
+    still = [compiled(frame) and compiled.stats().flop_fraction for _ in range(6)]
+    assert still == [0] * 6, "a still picture stays free"
+
+
 def test_thresholds_are_a_mapping():
-    compiled = deltafx.compile(Net(), threshold=0.2, thresholds={"a": 0.5})
+    compiled = deltafx.compile(BranchingNet(), threshold=0.2, thresholds={"a": 0.5})
     assert dict(compiled.thresholds) == {"a": 0.5}
     compiled(torch.randn(1, 3, 8, 8))
     names = list(compiled.thresholds)
@@ -209,7 +199,7 @@ def test_thresholds_are_a_mapping():
 
 
 def test_a_name_that_turns_out_to_be_unknown_stays_an_error_until_it_is_removed():
-    model = Net()
+    model = BranchingNet()
     compiled = deltafx.compile(model, threshold=0, thresholds={"conv_a": 0.5})
     frame = torch.randn(1, 3, 8, 8)
     for _ in range(2):
@@ -220,100 +210,8 @@ def test_a_name_that_turns_out_to_be_unknown_stays_an_error_until_it_is_removed(
     exact_over(model, compiled, [frame, frame + 1])
 
 
-def change_in_place(model):
-    with torch.no_grad():
-        model.a.weight.mul_(1.5)
-
-
-def change_statistics(model):
-    model.norm.running_mean += 1
-
-
-def load(model):
-    model.load_state_dict(Net(seed=5).state_dict())
-
-
-def assign(model):
-    model.load_state_dict(Net(seed=6).state_dict(), assign=True)
-
-
-def replace_data(model):
-    model.c.weight.data = torch.randn_like(model.c.weight)
-
-
-@pytest.mark.parametrize("change", [change_in_place, change_statistics, load, assign, replace_data])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_weights_are_followed(change, mode):
-    model = Net()
-    compiled = deltafx.compile(model, threshold=0)
-    frame = torch.randn(1, 3, 9, 9)
-    with mode():
-        compiled(frame)
-    change(model)
-    with mode():
-        exact_over(model, compiled, clip(1, 3, 9, 9))
-
-
-def test_training_in_between():
-    model = Net()
-    compiled = deltafx.compile(model, threshold=0)
-    frame = torch.randn(2, 3, 9, 9)
-    compiled(frame)
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    sum(out.square().mean() for out in model(frame)).backward()
-    optimizer.step()
-    with pytest.raises(TrainModeError, match=r"model\.eval\(\)"):
-        compiled(frame)
-    model.eval()
-    exact_over(model, compiled, clip(2, 3, 9, 9))
-
-
-@pytest.mark.parametrize("convert", ["model", "compiled"])
-def test_conversions(convert):
-    model = Net()
-    compiled = deltafx.compile(model, threshold=0)
-    compiled(torch.randn(1, 3, 9, 9))
-    for dtype in (torch.bfloat16, torch.float64, torch.float32):
-        (model if convert == "model" else compiled).to(dtype)
-        exact_over(model, compiled, [f.to(dtype) for f in clip(1, 3, 9, 9)])
-    with pytest.raises(InvalidInputError, match="bfloat16"):
-        compiled(torch.randn(1, 3, 9, 9).bfloat16())
-
-
-def test_calibration_sets_the_scales():
-    model = Net()
-    compiled = deltafx.compile(model, threshold=0.1)
-    frames = clip(1, 3, 16, 16)
-    compiled.calibrate(frames)
-    scale = 1 / compiled.state_tensors()["inv_scale_input_0_encoded"]
-    expected = torch.cat(frames).double().std((0, 2, 3), correction=0)
-    assert torch.allclose(scale.double(), expected, rtol=1e-5)
-    exact_over(model, compiled, frames[:1])  # and the state was reset
-    with pytest.raises(InvalidInputError, match="at least one frame"):
-        compiled.calibrate([])
-
-
-def test_the_first_frame_calibrates_where_nothing_else_did():
-    compiled = deltafx.compile(Net(), threshold=0.1)
-    frame = 3 * torch.randn(1, 3, 16, 16)
-    compiled(frame)
-    scale = 1 / compiled.state_tensors()["inv_scale_input_0_encoded"]
-    assert torch.allclose(scale, frame.std((0, 2, 3), correction=0), rtol=1e-5)
-
-
-def test_a_first_frame_of_nans_does_not_calibrate():
-    model = Net()
-    compiled = deltafx.compile(model, threshold=0.1)
-    compiled(torch.full((1, 3, 8, 8), float("nan")))
-    frame = torch.randn(1, 3, 8, 8)
-    exact_over(model, compiled, [frame])
-    scale = 1 / compiled.state_tensors()["inv_scale_input_0_encoded"]
-    assert torch.allclose(scale, frame.std((0, 2, 3), correction=0), rtol=1e-5)
-
-
 def test_two_models_share_nothing():
-    one, two = Net(1), Net(2)
+    one, two = BranchingNet(1), BranchingNet(2)
     frames, others = clip(1, 3, 12, 12), clip(1, 3, 12, 12, seed=9)
     alone = [[c(f) for f in fs] for c, fs in (
         (deltafx.compile(one), frames), (deltafx.compile(two), others)
@@ -325,7 +223,7 @@ def test_two_models_share_nothing():
 
 
 def test_one_model_compiled_twice_has_two_states():
-    model, frames = Net(), clip(1, 3, 12, 12)
+    model, frames = BranchingNet(), clip(1, 3, 12, 12)
     a, b = deltafx.compile(model, threshold=0), deltafx.compile(model, threshold=0)
     a(frames[0])
     b(frames[-1])
@@ -335,7 +233,7 @@ def test_one_model_compiled_twice_has_two_states():
 
 
 def test_instances_in_threads_equal_their_solo_runs():
-    model = Net()
+    model = BranchingNet()
     clips = [clip(1, 3, 20, 21, count=20, seed=s) for s in range(2)]
     alone = [[deltafx_frame(c, f) for f in frames] for c, frames in (
         (deltafx.compile(model), clips[0]), (deltafx.compile(model), clips[1])

@@ -1,9 +1,9 @@
 """Times deltafx against every good way to run the same network densely on this GPU.
 
-Out: a JSON with, for each workload, the dense columns (the frame's content does not matter to them),
+Out: a JSON with, for each workload, the dense columns (a frame's content does not matter to them),
 and for each clip ours with its FLOP fraction, its error against the fp32 dense model and the error
-that a JPEG of quality 95 makes there. Dense runs get their input in place, in their dtype and layout;
-ours are handed frames in device memory and return tensors that the next frame does not change.
+that a JPEG of quality 95 makes there. Dense runs get their input in place, in their dtype and
+layout; ours are handed frames in device memory and return tensors that later frames keep.
 """
 
 from __future__ import annotations

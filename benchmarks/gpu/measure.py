@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +38,7 @@ def time_frames(run: Callable[[Tensor], Any], clip: Sequence[Tensor], rounds: in
             run(frame)
             mark.record()
         torch.cuda.synchronize()
-        times += [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        times += [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     low, _, high = statistics.quantiles(times, n=4)
     return Timing(statistics.fmean(times), statistics.median(times), low, high, len(times))
 

@@ -14,7 +14,7 @@ from deltafx.models_zoo.mobilenet_v2_trunk import load_mobilenet_v2_trunk
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A network at a frame size, with a number of streams; `video`: whether vtest.avi is run too."""
+    """A network at a frame size, with a number of streams; `video`: whether it sees vtest.avi."""
 
     name: str
     build: Callable[[], nn.Module]

@@ -24,8 +24,8 @@ DELTAFX_INLINE Vec polynomial(const float (&p)[N], Vec v) {
   return y;
 }
 
-// The polynomials below are minimax fits of their function's relative error, save that of erf beyond
-// 1, where the absolute error counts; each is good to less than half an ulp of the result.
+// The polynomials below are minimax fits of their function's relative error, save that of erf
+// beyond 1, where the absolute error counts; each is good to less than half an ulp of the result.
 
 // log(1 + e^v), as max(v, 0) + log1p(e^-|v|), with log1p(e) = 2 atanh(e / (2 + e)).
 DELTAFX_INLINE Vec softplus_of(Vec v) {
@@ -39,12 +39,12 @@ DELTAFX_INLINE Vec softplus_of(Vec v) {
 
 // erf, odd below 1; beyond, 1 - e^(-v^2) times a polynomial, up to 4, where it rounds to 1.
 DELTAFX_INLINE Vec erf_of(Vec v) {
-  static constexpr float near[] = {1.128379107e+0f, -3.761262596e-1f, 1.128358543e-1f,
-                                   -2.685381100e-2f, 5.188327283e-3f, -8.010191377e-4f,
+  static constexpr float near[] = {1.128379107e+0f,  -3.761262596e-1f, 1.128358543e-1f,
+                                   -2.685381100e-2f, 5.188327283e-3f,  -8.010191377e-4f,
                                    7.853853458e-5f};
-  static constexpr float far[] = {2.108064145e-1f, -7.437047362e-2f, 2.489706129e-2f,
-                                  -7.943582721e-3f, 2.586486749e-3f, -7.593780756e-4f,
-                                  1.110576632e-4f, -6.761803525e-5f, 4.340618034e-5f};
+  static constexpr float far[] = {2.108064145e-1f,  -7.437047362e-2f, 2.489706129e-2f,
+                                  -7.943582721e-3f, 2.586486749e-3f,  -7.593780756e-4f,
+                                  1.110576632e-4f,  -6.761803525e-5f, 4.340618034e-5f};
   const Vec x = min_of(splat(4.f), abs_of(v));
   const Vec beyond = 1.f - exp_of(-x * x) * polynomial(far, x - 2.5f);
   return select(x > 1.f, select(v < 0.f, -beyond, beyond), v * polynomial(near, v * v));
@@ -82,8 +82,7 @@ inline void activate(const Activation& act, float* row, int64_t first, int64_t c
     case Act::relu6:
       return map_row(row, c, [](Vec v, int64_t) { return min_of(splat(6.f), max_of(Vec{}, v)); });
     case Act::hardtanh:
-      return map_row(row, c,
-                     [=](Vec v, int64_t) { return min_of(splat(b), max_of(splat(a), v)); });
+      return map_row(row, c, [=](Vec v, int64_t) { return min_of(splat(b), max_of(splat(a), v)); });
     case Act::leaky_relu:
       return map_row(row, c, [=](Vec v, int64_t) { return select(v > 0.f, v, v * a); });
     case Act::prelu: {
@@ -100,9 +99,8 @@ inline void activate(const Activation& act, float* row, int64_t first, int64_t c
         return v * min_of(splat(6.f), max_of(Vec{}, v + 3.f)) / 6.f;
       });
     case Act::hardsigmoid:
-      return map_row(row, c, [](Vec v, int64_t) {
-        return min_of(splat(6.f), max_of(Vec{}, v + 3.f)) / 6.f;
-      });
+      return map_row(
+          row, c, [](Vec v, int64_t) { return min_of(splat(6.f), max_of(Vec{}, v + 3.f)) / 6.f; });
     case Act::sigmoid:
       return map_row(row, c, [](Vec v, int64_t) { return sigmoid_of(v); });
     case Act::tanh:

@@ -4,16 +4,16 @@ inline void affine(const AffineParams& p) {
   const FeatureMap& acc = p.out.acc;
   Candidates candidates(acc.n, acc.h, acc.w);
   candidates.add_sites(p.x.mask);
-  update_candidates(
-      p.out, p.act, candidates, 2 * acc.c, padded(acc.c), [&](int32_t site, float* y, float* work) {
-        const float* x = site_row(p.x.map, site, work);
-        for_vectors(acc.c, [&](int64_t i, auto lanes) {
-          Vec v = load_lanes(x + i, lanes);
-          if (p.scale != nullptr) v *= load_lanes(p.scale + i, lanes);
-          if (p.shift != nullptr) v += load_lanes(p.shift + i, lanes);
-          store(y + i, v);
-        });
-      });
+  update_candidates(p.out, p.act, candidates, 2 * acc.c, padded(acc.c),
+                    [&](int32_t site, float* y, float* work) {
+                      const float* x = site_row(p.x.map, site, work);
+                      for_vectors(acc.c, [&](int64_t i, auto lanes) {
+                        Vec v = load_lanes(x + i, lanes);
+                        if (p.scale != nullptr) v *= load_lanes(p.scale + i, lanes);
+                        if (p.shift != nullptr) v += load_lanes(p.shift + i, lanes);
+                        store_lanes(y + i, v, lanes);
+                      });
+                    });
 }
 
 inline void gather_channels(const GatherParams& p) {
@@ -24,7 +24,7 @@ inline void gather_channels(const GatherParams& p) {
                     [&](int32_t site, float* y, float* work) {
                       const float* x = site_row(p.x.map, site, work);
                       if (p.index == nullptr)
-                        __builtin_memcpy(y, x, static_cast<size_t>(acc.c) * sizeof(float));
+                        write_row(y, x, acc.c);
                       else
                         for (int64_t i = 0; i < acc.c; ++i) y[i] = x[p.index[i]];
                     });
@@ -55,7 +55,7 @@ inline void layer_norm(const LayerNormParams& p) {
           Vec v = (load_lanes(x + i, lanes) - mean - shift) * rstd;
           if (p.weight != nullptr) v *= load_lanes(p.weight + i, lanes);
           if (p.bias != nullptr) v += load_lanes(p.bias + i, lanes);
-          store(y + i, v);
+          store_lanes(y + i, v, lanes);
         });
       });
 }

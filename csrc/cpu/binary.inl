@@ -36,7 +36,7 @@ inline void binary(const BinaryParams& p) {
         const float* b = operand_row(p.b, n, site - n * per_stream, acc.c, work + width);
         const auto combine = [&](auto op) {
           for_vectors(acc.c, [&](int64_t i, auto lanes) {
-            store(y + i, op(load_lanes(a + i, lanes), load_lanes(b + i, lanes)));
+            store_lanes(y + i, op(load_lanes(a + i, lanes), load_lanes(b + i, lanes)), lanes);
           });
         };
         switch (p.op) {

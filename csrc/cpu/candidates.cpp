@@ -109,7 +109,8 @@ void Candidates::add_ranges(const Mask& mask, const int32_t* y0, const int32_t* 
     for (int64_t oy = 0; oy < h_; ++oy) {
       if (y0[oy] >= y1[oy] || !any(stream + y0[oy] * mask.w, (y1[oy] - y0[oy]) * mask.w)) continue;
       std::memcpy(merged, stream + y0[oy] * mask.w, static_cast<size_t>(mask.w));
-      for (int64_t iy = y0[oy] + 1; iy < y1[oy]; ++iy) merge(merged, stream + iy * mask.w, mask.w, 1);
+      for (int64_t iy = y0[oy] + 1; iy < y1[oy]; ++iy)
+        merge(merged, stream + iy * mask.w, mask.w, 1);
       sums[0] = 0;
       for (int64_t x = 0; x < mask.w; ++x) sums[x + 1] = sums[x] + merged[x];
       uint8_t* out = row(n, oy);

@@ -6,10 +6,10 @@
 // the same remainders meet the same kernel elements, and no site ever multiplies by a stuffed zero.
 //
 // Packed weights, the same for every instruction set (fp32):
-//   depthwise   per phase [tap][channel]
-//   otherwise   per phase, per merged group, panels of 32 output channels [tap][channel of the
+//   direct      (depthwise, and groups of 2, 4 or 8 channels in and out) per phase
+//               [tap][input channel of the group][output channel]
+//   otherwise   per phase, per group, panels of 32 output channels [tap][channel of the
 //               group][32]; a last panel with at most 16 channels is 16 wide.
-// Groups with fewer than 16 outputs are merged block-diagonally up to 16: a vector is not narrower.
 #pragma once
 
 #include <cstdint>
@@ -43,17 +43,23 @@ struct ConvPhase {
 };
 
 struct ConvLayout {
-  bool depthwise;
-  int64_t groups, cin, cout;      // merged groups; channels of each
+  bool direct;
+  int64_t groups, cin, cout;      // groups; channels of each
   std::vector<ConvPhase> phases;  // [remainder y][remainder x]
-  int64_t size;                   // floats in all
 
-  int64_t columns() const { return cout / 32 * 32 + (cout % 32 == 0 ? 0 : cout % 32 <= 16 ? 16 : 32); }
+  // Output channels of a group as the panels pad them.
+  int64_t columns() const {
+    return cout / 32 * 32 + (cout % 32 == 0 ? 0 : cout % 32 <= 16 ? 16 : 32);
+  }
+  // Packed floats for one tap, all channels.
+  int64_t per_tap() const { return groups * cin * (direct ? cout : columns()); }
 };
 
 ConvLayout conv_layout(const ConvGeometry& geometry);
+// Packed floats in all: every kernel element is a tap of exactly one phase.
+int64_t conv_weight_size(const ConvGeometry& geometry);
 // weight: [cout, cin / groups, kh, kw], transposed [cin, cout / groups, kh, kw]; contiguous.
-// packed: conv_layout(geometry).size floats.
+// packed: conv_weight_size(geometry) floats.
 void pack_conv_weight(const ConvGeometry& geometry, const float* weight, float* packed);
 
 struct ConvParams {
@@ -61,12 +67,12 @@ struct ConvParams {
   FeatureMap x;
   Mask x_mask;
   ConvGeometry geometry;
-  const float* weight;        // packed
-  const float* bias;          // null: none
-  FeatureMap residual;        // data null: none
-  Mask residual_mask;         // data null: the residual never changes by itself
+  const float* weight;  // packed
+  const float* bias;    // null: none
+  FeatureMap residual;  // data null: none
+  Mask residual_mask;   // data null: the residual never changes by itself
   bool residual_after_act;
-  const float* pre_scale;     // null: no prologue
+  const float* pre_scale;  // null: no prologue
   const float* pre_shift;
   Activation pre_act;
   Activation act;
@@ -76,6 +82,10 @@ struct ConvParams {
 inline int64_t conv_base(const ConvGeometry& g, const Window& w, int64_t o) {
   return g.transposed ? (o + w.pad) / w.stride : o * w.stride - w.pad;
 }
+
+// Between neighbouring sites of a phase: their distance, and that of their bases.
+inline int64_t conv_out_step(const ConvGeometry& g) { return g.transposed ? g.x.stride : 1; }
+inline int64_t conv_in_step(const ConvGeometry& g) { return g.transposed ? 1 : g.x.stride; }
 
 // The work of one phase: active[i] is set to 1 where sites[i] was written.
 struct ConvSites {

@@ -58,15 +58,8 @@ struct Finish {
   // sites[i] was written. Several threads may share a site's channels: they can only set the flag.
   void rows(float* y, int64_t ldy, const int32_t* sites, int64_t count, int64_t first, int64_t c,
             uint8_t* active) const {
-    if (clamp.is && c % kLanes == 0) {
-      if (c == kTruncationGroup)
-        return clamped_rows<kTruncationGroup / kLanes>(y, ldy, sites, count, first, active);
-      if constexpr (kLanes == 16) {
-        if (c == 16) return clamped_rows<1>(y, ldy, sites, count, first, active);
-        if (c == 32) return clamped_rows<2>(y, ldy, sites, count, first, active);
-        return clamped_rows<3>(y, ldy, sites, count, first, active);
-      }
-    }
+    if (clamp.is && (kLanes >= 8 || c == kTruncationGroup))
+      return clamped_up_to<kTruncationGroup / kLanes>(y, ldy, sites, count, first, c, active);
     for (int64_t i = 0; i < count; ++i)
       if (any_row(y + i * ldy, sites[i], first, c)) set(active + i);
   }
@@ -96,61 +89,87 @@ struct Finish {
     return update_group(p.out, p.residual_after_act ? none : p.act, y, acc, first, c);
   }
 
-  // V whole vectors and an activation that is a clamp: all in registers.
+  // Picks the number of vectors; with short vectors only for a full group, to keep the code small.
   template <int V>
+  void clamped_up_to(const float* y, int64_t ldy, const int32_t* sites, int64_t count,
+                     int64_t first, int64_t c, uint8_t* active) const {
+    if (c == V * kLanes) return clamped_rows<V>(y, ldy, sites, count, first, c, active, AllLanes{});
+    if constexpr (kLanes >= 8) {
+      if (c > (V - 1) * kLanes)
+        return clamped_rows<V>(y, ldy, sites, count, first, c, active, c - (V - 1) * kLanes);
+      if constexpr (V > 1) clamped_up_to<V - 1>(y, ldy, sites, count, first, c, active);
+    }
+  }
+
+  // rows() for an activation that is a clamp: all in V registers, of the last one `lanes`.
+  template <int V, class Lanes>
   __attribute__((noinline)) void clamped_rows(const float* y, int64_t ldy, const int32_t* sites,
-                                              int64_t count, int64_t first,
-                                              uint8_t* active) const {
+                                              int64_t count, int64_t first, int64_t c,
+                                              uint8_t* active, Lanes lanes) const {
     const Vec lo = splat(clamp.lo), hi = splat(clamp.hi);
     const bool before = p.residual.data != nullptr && !p.residual_after_act;
     const bool after = p.residual.data != nullptr && p.residual_after_act;
-    Vec bias[V];
-#pragma GCC unroll 16
-    for (int i = 0; i < V; ++i) bias[i] = p.bias ? load(p.bias + first + i * kLanes) : Vec{};
+    Vec bias[V] = {};
+    if (p.bias != nullptr) add<V>(bias, p.bias + first, lanes);
     for (int64_t r = 0; r < count; ++r, y += ldy) {
       T* acc = acc_at(sites[r], first);
       const T* residual = p.residual.data == nullptr ? nullptr : residual_at(sites[r], first);
       Vec v[V];
 #pragma GCC unroll 16
       for (int i = 0; i < V; ++i) v[i] = load(y + i * kLanes) + bias[i];
-      if (before) add<V>(v, residual);
+      if (before) add<V>(v, residual, lanes);
 #pragma GCC unroll 16
       for (int i = 0; i < V; ++i) v[i] = min_of(hi, max_of(lo, v[i]));
-      if (after) add<V>(v, residual);
+      if (after) add<V>(v, residual, lanes);
 #pragma GCC unroll 16
       for (int i = 0; i < V; ++i) v[i] = rounded_to(v[i], acc);
-      if (policy != Policy::none && !differs<V>(v, acc, first)) continue;
+      v[V - 1] = only_lanes(v[V - 1], lanes);
+      if (policy != Policy::none && !differs<V>(v, acc, first, c, lanes)) continue;
 #pragma GCC unroll 16
-      for (int i = 0; i < V; ++i) store(acc + i * kLanes, v[i]);
+      for (int i = 0; i < V - 1; ++i) store(acc + i * kLanes, v[i]);
+      store_lanes(acc + (V - 1) * kLanes, v[V - 1], lanes);
       set(active + r);
     }
   }
 
-  template <int V>
-  static DELTAFX_INLINE void add(Vec* v, const T* residual) {
+  // Vector i of V.
+  template <int V, class S, class Lanes>
+  static DELTAFX_INLINE Vec part(const S* q, int i, Lanes lanes) {
+    return i < V - 1 ? load(q + i * kLanes) : load_lanes(q + i * kLanes, lanes);
+  }
+
+  template <int V, class S, class Lanes>
+  static DELTAFX_INLINE void add(Vec* v, const S* q, Lanes lanes) {
 #pragma GCC unroll 16
-    for (int i = 0; i < V; ++i) v[i] += load(residual + i * kLanes);
+    for (int i = 0; i < V; ++i) v[i] += part<V>(q, i, lanes);
   }
 
   // changed() of truncate.inl, on registers and with its order of summation.
-  template <int V>
-  DELTAFX_INLINE bool differs(const Vec* v, const T* acc, int64_t first) const {
+  template <int V, class Lanes>
+  DELTAFX_INLINE bool differs(const Vec* v, const T* acc, int64_t first, int64_t c,
+                              Lanes lanes) const {
     if (exact) {
       IntVec different = {};
 #pragma GCC unroll 16
-      for (int i = 0; i < V; ++i) different |= v[i] != load(acc + i * kLanes);
+      for (int i = 0; i < V; ++i) different |= v[i] != part<V>(acc, i, lanes);
       return any_lane(different);
     }
     const float* scale = p.out.truncation.inv_scale + first;
-    Vec total = {};
+    const auto change = [&](int i) __attribute__((always_inline)) {
+      return (v[i] - part<V>(acc, i, lanes)) * part<V>(scale, i, lanes);
+    };
+    if (policy == Policy::rms) {
+      Vec total = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i) {
+        const Vec delta = change(i);
+        total += delta * delta;
+      }
+      return !(sum_of(total) <= threshold * threshold * static_cast<float>(c));
+    }
     IntVec beyond = {};
 #pragma GCC unroll 16
-    for (int i = 0; i < V; ++i) {
-      const Vec delta = (v[i] - load(acc + i * kLanes)) * load(scale + i * kLanes);
-      total += delta * delta;
-      beyond |= ~(abs_of(delta) <= threshold);
-    }
-    if (policy == Policy::maximum) return any_lane(beyond);
-    return !(sum_of(total) <= threshold * threshold * static_cast<float>(V * kLanes));
+    for (int i = 0; i < V; ++i) beyond |= ~(abs_of(change(i)) <= threshold);
+    return any_lane(beyond);
   }
 };

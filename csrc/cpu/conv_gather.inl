@@ -59,29 +59,45 @@ class Gather {
       lo_x_ = run.dx < lo_x_ ? run.dx : lo_x_;
       hi_x_ = run.dx + run.taps - 1 > hi_x_ ? run.dx + run.taps - 1 : hi_x_;
     }
-    const int64_t longest = whole_ ? (hi_x_ - lo_x_ + 1) * channels : channels;
-    reach_ = (hi_y_ * p.x.w + hi_x_) * p.x.ld + longest + kLanes;
+    piece_ = whole_ && !phase.runs.empty() ? phase.runs[0].taps * channels : channels;
+    reach_ = (hi_y_ * p.x.w + hi_x_) * p.x.ld + piece_ + kLanes;
+    for (const ConvRun& run : phase.runs)
+      for (int64_t t = 0; t < (whole_ ? 1 : run.taps); ++t)
+        offsets_.push_back((run.dy * p.x.w + run.dx + t) * p.x.ld);
   }
 
-  // dst: a row with kRowSlack floats of room behind it.
-  void row(int64_t n, int64_t by, int64_t bx, float* dst) const {
+  // Sites whose bases are (n, by, bx), (n, by, bx + step), ... of which there are `count`; dst:
+  // rows lda apart with kRowSlack floats of room behind each.
+  void rows(int64_t n, int64_t by, int64_t bx, int64_t step, int64_t count, float* dst,
+            int64_t lda) const {
+    const int64_t last = bx + (count - 1) * step;
     const T* base = x_ + ((n * p_.x.h + by) * p_.x.w + bx) * p_.x.ld;
-    if (by + lo_y_ >= 0 && by + hi_y_ < p_.x.h && bx + lo_x_ >= 0 && bx + hi_x_ < p_.x.w &&
-        end_ - base >= reach_ && p_.pre_scale == nullptr)
-      inner_row(base, dst);
-    else
-      border_row(n, by, bx, dst);
+    if (by + lo_y_ >= 0 && by + hi_y_ < p_.x.h && bx + lo_x_ >= 0 && last + hi_x_ < p_.x.w &&
+        end_ - base - (last - bx) * p_.x.ld >= reach_ && p_.pre_scale == nullptr) {
+      if (piece_ <= kLanes) return inner_rows<1>(base, step, count, dst, lda);
+      if (piece_ <= 2 * kLanes) return inner_rows<2>(base, step, count, dst, lda);
+      return inner_rows<0>(base, step, count, dst, lda);
+    }
+    if (count == 1) return border_row(n, by, bx, dst);
+    for (int64_t i = 0; i < count; ++i, bx += step, dst += lda) rows(n, by, bx, step, 1, dst, lda);
   }
 
  private:
-  // All taps are inside, and so is what whole vectors read beyond them.
-  DELTAFX_INLINE void inner_row(const T* base, float* dst) const {
-    for (const ConvRun& run : phase_.runs) {
-      const T* src = base + (run.dy * p_.x.w + run.dx) * p_.x.ld;
-      const int64_t pieces = whole_ ? 1 : run.taps;
-      const int64_t size = whole_ ? run.taps * channels_ : channels_;
-      for (int64_t t = 0; t < pieces; ++t, src += p_.x.ld, dst += size)
-        for (int64_t i = 0; i < size; i += kLanes) store(dst + i, load(src + i));
+  // All taps are inside, and so is what whole vectors read beyond them. A piece takes V vectors, or
+  // any number if V is 0. All pieces are equally long: the kernel is a rectangle in every phase.
+  template <int V>
+  void inner_rows(const T* base, int64_t step, int64_t count, float* dst, int64_t lda) const {
+    const int64_t* const offsets = offsets_.data();
+    const int64_t pieces = static_cast<int64_t>(offsets_.size());
+    for (int64_t r = 0; r < count; ++r, base += step * p_.x.ld, dst += lda) {
+      float* to = dst;
+      for (int64_t i = 0; i < pieces; ++i, to += piece_) {
+        const T* src = base + offsets[i];
+        if constexpr (V == 0)
+          for (int64_t c = 0; c < piece_; c += kLanes) store(to + c, load(src + c));
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) store(to + v * kLanes, load(src + v * kLanes));
+      }
     }
   }
 
@@ -125,5 +141,7 @@ class Gather {
   const T* x_;
   const T* end_;
   int64_t lo_y_ = 0, hi_y_ = 0, lo_x_ = 0, hi_x_ = 0;  // of the taps, 0 included
-  int64_t reach_;  // elements from the base to the end of what an inner row may read
+  int64_t piece_;                                      // floats copied at once
+  int64_t reach_;                 // elements from the base to the end of what an inner row may read
+  std::vector<int64_t> offsets_;  // of the pieces, from the base
 };

@@ -2,11 +2,12 @@
 // multiplied with the packed panels, and finished while a tile of results is in the L1 cache.
 // Included by kernels.inl. T is the type of the feature maps.
 
-constexpr int64_t kRowsBytes = 384 << 10;   // of gathered rows a block may take
-constexpr int64_t kTileBytes = 192 << 10;   // of results, where all channels are kept at once
+constexpr int64_t kRowsBytes = 384 << 10;  // of gathered rows a block may take
+constexpr int64_t kTileBytes = 192 << 10;  // of results, where all channels are kept at once
 constexpr int64_t kMaxRows = 112;
-constexpr int64_t kDepth = 512;             // of k between two visits of a tile
-constexpr double kSmallWork = 1 << 20;      // multiply-adds below which threads cost more than they give
+constexpr int64_t kDepth = 512;  // of k between two visits of a tile
+constexpr double kSmallWork =
+    1 << 20;  // multiply-adds below which threads cost more than they give
 
 // At most kGemmRows candidates that are multiplied together.
 struct RowGroup {
@@ -68,6 +69,7 @@ class ConvBlock {
     float* rows = scratch_of<float>(Scratch::rows, count * lda_ + kRowSlack);
     const Gather<T> gather(p_, work_.phase, first_channel, layout_.cin);
     const ConvGeometry& g = p_.geometry;
+    const int64_t out_step = conv_out_step(g), in_step = conv_in_step(g);
     SiteWalk walk(p_.out.acc);
     for (int i = 0; i < n; ++i) {
       RowGroup& group = groups[i];
@@ -79,9 +81,15 @@ class ConvBlock {
       }
       group.a = rows + group.first * lda_;
       group.lda = lda_;
-      for (int r = group.first; r <= last; ++r) {
+      for (int r = group.first; r <= last;) {
         const int64_t ox = walk.to(sites[r]);
-        gather.row(walk.n, conv_base(g, g.y, walk.y), conv_base(g, g.x, ox), rows + r * lda_);
+        int64_t run = 1;
+        while (r + run <= last && sites[r + run] == sites[r] + run * out_step &&
+               ox + run * out_step < walk.w)
+          ++run;
+        gather.rows(walk.n, conv_base(g, g.y, walk.y), conv_base(g, g.x, ox), in_step, run,
+                    rows + r * lda_, lda_);
+        r += static_cast<int>(run);
       }
     }
   }
@@ -184,19 +192,22 @@ template <class T>
 inline void conv_phase_as(const ConvParams& p, const ConvSites& work) {
   const int64_t n = work.count, channels = p.out.acc.c;
   const int64_t taps = static_cast<int64_t>(work.phase.taps.size());
-  const double multiply_adds = static_cast<double>(n * channels) *
-                               static_cast<double>(taps * work.layout.cin + 8);
+  const double multiply_adds =
+      static_cast<double>(n * channels) * static_cast<double>(taps * work.layout.cin + 8);
   const int64_t threads = multiply_adds < kSmallWork ? 1 : num_threads();
-  if (work.layout.depthwise) {
-    const int64_t size = 64, tasks = (n + size - 1) / size;
+  if (work.layout.direct) {
+    // Long tasks: a window's upper rows are then still in this core's cache from the row before.
+    const int64_t share = n / (4 * threads), size = share < 64 ? 64 : share;
+    const int64_t tasks = (n + size - 1) / size;
     for_tasks(tasks, threads < tasks ? threads : tasks, [&](int64_t task) {
       const int64_t end = (task + 1) * size < n ? (task + 1) * size : n;
-      Depthwise<T>(p, work).range(task * size, end);
+      DirectConv<T>(p, work).range(task * size, end);
     });
     return;
   }
   // With few candidates the channels are shared out too: a thread then streams half the weights.
-  const int64_t column_groups = work.layout.groups > 1 ? 1 : (channels + kTruncationGroup - 1) / kTruncationGroup;
+  const int64_t column_groups =
+      work.layout.groups > 1 ? 1 : (channels + kTruncationGroup - 1) / kTruncationGroup;
   const int64_t rows = ConvBlock<T>::max_rows(work);
   const bool few = n < 2 * threads * kGemmRows || (n + rows - 1) / rows < 2 * threads;
   const int64_t splits = few && column_groups >= threads ? threads : 1;

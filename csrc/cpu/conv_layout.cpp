@@ -37,28 +37,33 @@ std::vector<ConvRun> runs_of(const std::vector<ConvTap>& taps) {
   return runs;
 }
 
+// All of a layout but its phases.
+ConvLayout groups_of(const ConvGeometry& g) {
+  ConvLayout layout{};
+  layout.groups = g.groups;
+  layout.cin = g.cin / g.groups;
+  layout.cout = g.cout / g.groups;
+  const int64_t n = layout.cin;
+  layout.direct = n == layout.cout && (n == 1 || (g.groups > 1 && (n == 2 || n == 4 || n == 8)));
+  return layout;
+}
+
 }  // namespace
 
+int64_t conv_weight_size(const ConvGeometry& g) {
+  return g.y.kernel * g.x.kernel * groups_of(g).per_tap();
+}
+
 ConvLayout conv_layout(const ConvGeometry& g) {
-  ConvLayout layout{};
-  const int64_t cout = g.cout / g.groups, cin = g.cin / g.groups;
-  layout.depthwise = cin == 1 && cout == 1;
-  int64_t merged = 1;
-  if (!layout.depthwise)
-    for (int64_t m = 2; m <= g.groups && m * cout <= 16; ++m)
-      if (g.groups % m == 0) merged = m;
-  layout.groups = g.groups / merged;
-  layout.cin = merged * cin;
-  layout.cout = merged * cout;
-  const int64_t per_tap =
-      layout.depthwise ? g.cout : layout.groups * layout.cin * layout.columns();
+  ConvLayout layout = groups_of(g);
+  int64_t offset = 0;
   for (int64_t ry = 0; ry < (g.transposed ? g.y.stride : 1); ++ry)
     for (int64_t rx = 0; rx < (g.transposed ? g.x.stride : 1); ++rx) {
       ConvPhase phase;
       phase.taps = phase_taps(g, ry, rx);
       phase.runs = runs_of(phase.taps);
-      phase.weights = layout.size;
-      layout.size += static_cast<int64_t>(phase.taps.size()) * per_tap;
+      phase.weights = offset;
+      offset += static_cast<int64_t>(phase.taps.size()) * layout.per_tap();
       layout.phases.push_back(std::move(phase));
     }
   return layout;
@@ -67,17 +72,17 @@ ConvLayout conv_layout(const ConvGeometry& g) {
 void pack_conv_weight(const ConvGeometry& g, const float* weight, float* packed) {
   const ConvLayout layout = conv_layout(g);
   const int64_t group_in = g.cin / g.groups, group_out = g.cout / g.groups;
-  // The weight from input channel c to output channel o; 0 across groups.
+  // The weight from input channel c to output channel o of the same group.
   const auto at = [&](int64_t o, int64_t c, const ConvTap& tap) {
-    if (c / group_in != o / group_out) return 0.f;
     const int64_t row = g.transposed ? c * group_out + o % group_out : o * group_in + c % group_in;
     return weight[(row * g.y.kernel + tap.ky) * g.x.kernel + tap.kx];
   };
   for (const ConvPhase& phase : layout.phases) {
     float* dst = packed + phase.weights;
-    if (layout.depthwise) {
+    if (layout.direct) {
       for (const ConvTap& tap : phase.taps)
-        for (int64_t c = 0; c < g.cout; ++c) *dst++ = at(c, c, tap);
+        for (int64_t c = 0; c < group_in; ++c)
+          for (int64_t o = 0; o < g.cout; ++o) *dst++ = at(o, o / group_out * group_in + c, tap);
       continue;
     }
     for (int64_t group = 0; group < layout.groups; ++group)
@@ -86,9 +91,8 @@ void pack_conv_weight(const ConvGeometry& g, const float* weight, float* packed)
         for (const ConvTap& tap : phase.taps)
           for (int64_t c = 0; c < layout.cin; ++c)
             for (int64_t j = first; j < first + width; ++j)
-              *dst++ = j < layout.cout
-                           ? at(group * layout.cout + j, group * layout.cin + c, tap)
-                           : 0.f;
+              *dst++ =
+                  j < layout.cout ? at(group * layout.cout + j, group * layout.cin + c, tap) : 0.f;
       }
   }
 }

@@ -143,8 +143,8 @@ inline bool compare_piece(const Output& out, const float* y, int64_t site, int64
   for_vectors(size, [&](int64_t i, auto lanes) {
     const Vec delta = load_lanes(y + i, lanes) - load_lanes(old + i, lanes);
     const Vec scaled = delta * load_lanes(few.scale + i, lanes);
-    const IntVec beyond = t > 0.f ? ~(abs_of(scaled) <= t) : ~(load_lanes(y + i, lanes) ==
-                                                              load_lanes(old + i, lanes));
+    const IntVec beyond = t > 0.f ? ~(abs_of(scaled) <= t)
+                                  : ~(load_lanes(y + i, lanes) == load_lanes(old + i, lanes));
     store_lanes(few.error + i, rms ? scaled * scaled : select(beyond, splat(1.f), Vec{}), lanes);
   });
   switch (c) {
@@ -191,8 +191,7 @@ inline int64_t encode_few(const Output& out, const float* y, int64_t site, int64
   int64_t active = count;
   if (gated) {
     const float t = *out.truncation.threshold;
-    const float limit =
-        out.truncation.policy == Policy::rms ? t * t * static_cast<float>(c) : 0.f;
+    const float limit = out.truncation.policy == Policy::rms ? t * t * static_cast<float>(c) : 0.f;
     active = 0;
     for (int64_t x = 0; x < count; ++x) {
       few.flag[x] = !(few.sum[x] <= limit);
@@ -232,8 +231,8 @@ template <class T>
 inline float squared_change(const float* y, const T* acc, const float* inv_scale, int64_t c) {
   Vec total = {};
   for_vectors(c, [&](int64_t i, auto lanes) {
-    const Vec d = (load_lanes(y + i, lanes) - load_lanes(acc + i, lanes)) *
-                  load_lanes(inv_scale + i, lanes);
+    const Vec d =
+        (load_lanes(y + i, lanes) - load_lanes(acc + i, lanes)) * load_lanes(inv_scale + i, lanes);
     total += d * d;
   });
   return sum_of(total);
@@ -284,8 +283,8 @@ template <class S, class T>
 inline void encode_as(const EncodeParams& p) {
   const FeatureMap& acc = p.out.acc;
   const bool few_channels = acc.c <= kFewChannels;
-  const bool blocks = p.block > 1 && p.out.truncation.policy == Policy::rms &&
-                      *p.out.truncation.threshold > 0.f;
+  const bool blocks =
+      p.block > 1 && p.out.truncation.policy == Policy::rms && *p.out.truncation.threshold > 0.f;
   const int64_t rows = blocks ? p.block : 1, strips = (acc.h + rows - 1) / rows;
   // 16 sites fill the cache lines of a planar frame.
   const int64_t step = few_channels || acc.c <= 64 ? kPiece : 16;

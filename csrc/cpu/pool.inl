@@ -1,43 +1,69 @@
 // pool2d, adaptive_pool2d and global_pool2d. Included by kernels.inl.
 
+// The taps of one site's window: `rows` rows of `columns`, both steps in elements.
+template <class X>
+struct Taps {
+  const X* first;
+  int64_t rows, columns, row_step, step;
+};
+
+// y[0..K vectors) = finish of the taps' channels, combined in order from `start`. Several vectors
+// at a time, as the loops over a small window cost more than its additions.
+template <int K, class X, class Lanes, class Combine, class Finish>
+DELTAFX_INLINE void reduce_taps(const Taps<X>& taps, int64_t i, Lanes lanes, Vec start,
+                                const Combine& combine, const Finish& finish, float* y) {
+  Vec total[K];
+  for (int k = 0; k < K; ++k) total[k] = start;
+  const X* row = taps.first + i;
+  for (int64_t r = 0; r < taps.rows; ++r, row += taps.row_step) {
+    const X* tap = row;
+    for (int64_t t = 0; t < taps.columns; ++t, tap += taps.step)
+      for (int k = 0; k < K; ++k) total[k] = combine(total[k], load_lanes(tap + k * kLanes, lanes));
+  }
+  for (int k = 0; k < K; ++k) store_lanes(y + i + k * kLanes, finish(total[k]), lanes);
+}
+
+template <class X, class Combine, class Finish>
+DELTAFX_INLINE void reduce_window(const Taps<X>& taps, int64_t c, Vec start, const Combine& combine,
+                                  const Finish& finish, float* y) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= c; i += 4 * kLanes)
+    reduce_taps<4>(taps, i, AllLanes{}, start, combine, finish, y);
+  for_vectors(c - i, [&](int64_t k, auto lanes) {
+    reduce_taps<1>(taps, i + k, lanes, start, combine, finish, y);
+  });
+}
+
+// How many inputs from begin to end, every step.
+DELTAFX_INLINE int64_t count_of(const PoolAxis& axis, int64_t o) {
+  const int64_t size = axis.end[o] - axis.begin[o];
+  return size <= 0 ? 0 : axis.step == 1 ? size : (size + axis.step - 1) / axis.step;
+}
+
 // X is the input's type. A maximum keeps the first NaN it meets, as torch does.
 template <class X>
 inline void pool_as(const PoolParams& p, Candidates& candidates) {
   const FeatureMap &acc = p.out.acc, &in = p.x.map;
-  const int64_t row_step = p.y.step * in.w * in.ld, step = p.x_axis.step * in.ld;
-  const int64_t taps = p.maximum || p.window_y.kernel > 0 ? 4 : 16;
-  update_candidates(
-      p.out, p.act, candidates, taps * acc.c, 0, [&](int32_t site, float* y, float*) {
-        const Position at = position_of(acc, site);
-        const int64_t y0 = p.y.begin[at.y], y1 = p.y.end[at.y];
-        const int64_t x0 = p.x_axis.begin[at.x], x1 = p.x_axis.end[at.x];
-        const X* corner = static_cast<const X*>(in.data) + ((at.n * in.h + y0) * in.w + x0) * in.ld;
-        const auto reduce = [&](Vec start, auto combine, auto finish) {
-          for_vectors(acc.c, [&](int64_t i, auto lanes) {
-            Vec total = start;
-            const X* row = corner + i;
-            for (int64_t iy = y0; iy < y1; iy += p.y.step, row += row_step) {
-              const X* tap = row;
-              for (int64_t ix = x0; ix < x1; ix += p.x_axis.step, tap += step)
-                total = combine(total, load_lanes(tap, lanes));
-            }
-            store(y + i, finish(total));
-          });
-        };
-        if (p.maximum) {
-          reduce(
-              splat(-__builtin_inff()),
-              [](Vec best, Vec v) { return select((v > best) | (v != v), v, best); },
-              [](Vec best) { return best; });
-        } else {
-          const bool empty = y0 >= y1 || x0 >= x1;
-          const float divisor =
-              empty ? 1.f : static_cast<float>(p.y.divisor[at.y] * p.x_axis.divisor[at.x]);
-          reduce(
-              Vec{}, [](Vec sum, Vec v) { return sum + v; },
-              [=](Vec sum) { return sum / divisor; });
-        }
-      });
+  update_candidates(p.out, p.act, candidates, 4 * acc.c, 0, [&](int32_t site, float* y, float*) {
+    const Position at = position_of(acc, site);
+    const int64_t first = (at.n * in.h + p.y.begin[at.y]) * in.w + p.x_axis.begin[at.x];
+    const Taps<X> taps{static_cast<const X*>(in.data) + first * in.ld, count_of(p.y, at.y),
+                       count_of(p.x_axis, at.x), p.y.step * in.w * in.ld, p.x_axis.step * in.ld};
+    if (p.maximum) {
+      reduce_window(
+          taps, acc.c, splat(-__builtin_inff()),
+          [](Vec best, Vec v) { return select((v > best) | (v != v), v, best); },
+          [](Vec best) { return best; }, y);
+    } else {
+      // A window with no taps holds 0.
+      const float divisor = taps.rows * taps.columns == 0
+                                ? 1.f
+                                : static_cast<float>(p.y.divisor[at.y] * p.x_axis.divisor[at.x]);
+      reduce_window(
+          taps, acc.c, Vec{}, [](Vec sum, Vec v) { return sum + v; },
+          [=](Vec sum) { return sum / divisor; }, y);
+    }
+  });
 }
 
 inline void pool2d(const PoolParams& p) {
@@ -59,10 +85,11 @@ inline void pool2d(const PoolParams& p) {
     pool_as<float>(p, candidates);
 }
 
-// dst[i..] = the sums over `count` sites of K vectors of channels. In runs of 16 sites: the rounding
-// errors then grow with 16 + count / 16 instead of count.
+// dst[i..] = the sums over `count` sites of K vectors of channels. In runs of 16 sites: the
+// rounding errors then grow with 16 + count / 16 instead of count.
 template <int K, class X, class Lanes>
-DELTAFX_INLINE void sum_vectors(const X* first, int64_t ld, int64_t count, Lanes lanes, float* dst) {
+DELTAFX_INLINE void sum_vectors(const X* first, int64_t ld, int64_t count, Lanes lanes,
+                                float* dst) {
   Vec total[K] = {};
   for (int64_t s = 0; s < count; s += 16) {
     Vec run[K] = {};
@@ -92,19 +119,20 @@ inline void global_pool2d(const GlobalPoolParams& p) {
   Candidates candidates(in.n, 1, 1);
   candidates.add_streams(p.x.mask);
   const int32_t* list = candidates.list();
-  parallel_for(
-      0, candidates.size() * tiles, 1 + 32768 / (kPoolTile * in.c), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t n = list[i / tiles], tile = i % tiles, first = n * sites + tile * kPoolTile;
-          const int64_t count = tile + 1 < tiles ? kPoolTile : sites - tile * kPoolTile;
-          if (!any(p.x.mask.data + first, count)) continue;
-          float* dst = p.partial + (n * tiles + tile) * in.c;
-          if (in.dtype == DType::bf16)
-            sum_sites<BF16>(in, first, count, dst);
-          else
-            sum_sites<float>(in, first, count, dst);
-        }
-      });
+  parallel_for(0, candidates.size() * tiles, 1 + 32768 / (kPoolTile * in.c),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t n = list[i / tiles], tile = i % tiles,
+                                 first = n * sites + tile * kPoolTile;
+                   const int64_t count = tile + 1 < tiles ? kPoolTile : sites - tile * kPoolTile;
+                   if (!any(p.x.mask.data + first, count)) continue;
+                   float* dst = p.partial + (n * tiles + tile) * in.c;
+                   if (in.dtype == DType::bf16)
+                     sum_sites<BF16>(in, first, count, dst);
+                   else
+                     sum_sites<float>(in, first, count, dst);
+                 }
+               });
   FeatureMap partial{p.partial, DType::f32, in.n, in.c, tiles, 1, in.c};
   update_candidates(p.out, p.act, candidates, tiles * in.c, 0, [&](int32_t n, float* y, float*) {
     sum_sites<float>(partial, n * tiles, tiles, y);

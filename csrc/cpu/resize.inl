@@ -12,29 +12,28 @@ inline void add_resize(Candidates& candidates, const ResizeParams& p) {
 template <class X>
 inline void resize_as(const ResizeParams& p, Candidates& candidates) {
   const FeatureMap &acc = p.out.acc, &in = p.x.map;
-  update_candidates(
-      p.out, p.act, candidates, 3 * acc.c, 0, [&](int32_t site, float* y, float*) {
-        const Position at = position_of(acc, site);
-        const X* stream = static_cast<const X*>(in.data) + at.n * in.h * in.w * in.ld;
-        const X* row0 = stream + p.y.first[at.y] * in.w * in.ld;
-        const int64_t left = p.x_axis.first[at.x] * in.ld;
-        if (!p.linear) {
-          for_vectors(acc.c, [&](int64_t i, auto lanes) {
-            store(y + i, load_lanes(row0 + left + i, lanes));
-          });
-          return;
-        }
-        const X* row1 = stream + p.y.last[at.y] * in.w * in.ld;
-        const int64_t right = p.x_axis.last[at.x] * in.ld;
-        const float ly = p.y.lambda[at.y], lx = p.x_axis.lambda[at.x], my = 1.f - ly, mx = 1.f - lx;
-        for_vectors(acc.c, [&](int64_t i, auto lanes) {
-          const Vec top = load_lanes(row0 + left + i, lanes) * mx +
-                          load_lanes(row0 + right + i, lanes) * lx;
-          const Vec bottom = load_lanes(row1 + left + i, lanes) * mx +
-                             load_lanes(row1 + right + i, lanes) * lx;
-          store(y + i, top * my + bottom * ly);
-        });
+  update_candidates(p.out, p.act, candidates, 3 * acc.c, 0, [&](int32_t site, float* y, float*) {
+    const Position at = position_of(acc, site);
+    const X* stream = static_cast<const X*>(in.data) + at.n * in.h * in.w * in.ld;
+    const X* row0 = stream + p.y.first[at.y] * in.w * in.ld;
+    const int64_t left = p.x_axis.first[at.x] * in.ld;
+    if (!p.linear) {
+      for_vectors(acc.c, [&](int64_t i, auto lanes) {
+        store_lanes(y + i, load_lanes(row0 + left + i, lanes), lanes);
       });
+      return;
+    }
+    const X* row1 = stream + p.y.last[at.y] * in.w * in.ld;
+    const int64_t right = p.x_axis.last[at.x] * in.ld;
+    const float ly = p.y.lambda[at.y], lx = p.x_axis.lambda[at.x], my = 1.f - ly, mx = 1.f - lx;
+    for_vectors(acc.c, [&](int64_t i, auto lanes) {
+      const Vec top =
+          load_lanes(row0 + left + i, lanes) * mx + load_lanes(row0 + right + i, lanes) * lx;
+      const Vec bottom =
+          load_lanes(row1 + left + i, lanes) * mx + load_lanes(row1 + right + i, lanes) * lx;
+      store_lanes(y + i, top * my + bottom * ly, lanes);
+    });
+  });
 }
 
 inline void resize2d(const ResizeParams& p) {
@@ -59,15 +58,16 @@ inline void pad2d(const PadParams& p) {
   add_lost(candidates, acc, y0, y1, 0, x0);
   add_lost(candidates, acc, y0, y1, x1, acc.w);
   const Activation none{Act::identity, {}, nullptr};
-  update_candidates(p.out, none, candidates, 2 * acc.c, padded(acc.c),
-                    [&](int32_t site, float* y, float* work) {
-                      const Position at = position_of(acc, site);
-                      const int64_t iy = at.y - p.top, ix = at.x - p.left;
-                      if (iy < 0 || iy >= in.h || ix < 0 || ix >= in.w) {
-                        for (int64_t i = 0; i < acc.c; i += kLanes) store(y + i, splat(p.value));
-                        return;
-                      }
-                      const float* x = site_row(in, (at.n * in.h + iy) * in.w + ix, work);
-                      __builtin_memcpy(y, x, static_cast<size_t>(acc.c) * sizeof(float));
-                    });
+  update_candidates(
+      p.out, none, candidates, 2 * acc.c, padded(acc.c), [&](int32_t site, float* y, float* work) {
+        const Position at = position_of(acc, site);
+        const int64_t iy = at.y - p.top, ix = at.x - p.left;
+        if (iy < 0 || iy >= in.h || ix < 0 || ix >= in.w) {
+          for_vectors(acc.c,
+                      [&](int64_t i, auto lanes) { store_lanes(y + i, splat(p.value), lanes); });
+          return;
+        }
+        const float* x = site_row(in, (at.n * in.h + iy) * in.w + ix, work);
+        write_row(y, x, acc.c);
+      });
 }

@@ -54,8 +54,7 @@ DELTAFX_INLINE void store(BF16* p, Vec v) {
   __builtin_memcpy(&bits, &v, sizeof v);
   const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const IntVec nan = v != v;
-  const HalfVec half =
-      __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), HalfVec);
+  const HalfVec half = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), HalfVec);
   __builtin_memcpy(p, &half, sizeof half);
 }
 
@@ -159,8 +158,8 @@ DELTAFX_INLINE Vec abs_of(Vec v) {
   return v;
 }
 
-// Constant lane numbers. They live in memory, because GCC does not fold a vector that is filled lane
-// by lane, and would fill it at run time.
+// Constant lane numbers. They live in memory, because GCC does not fold a vector that is filled
+// lane by lane, and would fill it at run time.
 struct LaneTable {
   int32_t lane[kLanes];
 };

@@ -41,8 +41,8 @@ struct LayerNormParams {
 
 enum class BinaryOp : int { add, sub, mul, div };
 
-// Element (n, site of the stream, c) lies at data + n * stride_n + site * stride_site + c * stride_c,
-// in elements. A broadcast axis has stride 0.
+// Element (n, site of the stream, c) lies at data + n * stride_n + site * stride_site + c *
+// stride_c, in elements. A broadcast axis has stride 0.
 struct Operand {
   const void* data;
   DType dtype;

@@ -21,15 +21,33 @@ inline const float* site_row(const FeatureMap& map, int64_t site, float* buffer)
   return fp32_row(map.data, map.dtype, site * map.ld, map.c, buffer);
 }
 
+// Where every candidate is written in fp32, f computes in the accumulator itself: a row of scratch
+// and a copy from it would be another pass over the first cache.
+template <class T>
+DELTAFX_INLINE bool in_place(const Output& out) {
+  return sizeof(T) == sizeof(float) && out.truncation.policy == Policy::none;
+}
+
 template <class T, class F>
 inline void update_list(const Output& out, const Activation& act, const int32_t* list, int64_t size,
                         int64_t cost, int64_t work, const F& f) {
+  const FeatureMap& acc = out.acc;
   int64_t total = 0;
   parallel_for(0, size, 1 + 16384 / cost, [&](int64_t begin, int64_t end) {
-    float* y = scratch_of<float>(Scratch::rows, padded(out.acc.c) + work);
+    float* y = scratch_of<float>(Scratch::rows, padded(acc.c) + work);
+    float* extra = y + padded(acc.c);
+    if (in_place<T>(out)) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* row = static_cast<float*>(acc.data) + list[i] * acc.ld;
+        f(list[i], row, extra);
+        activate(act, row, 0, acc.c);
+        out.mask.data[list[i]] = 1;
+      }
+      return;
+    }
     int64_t count = 0;
     for (int64_t i = begin; i < end; ++i) {
-      f(list[i], y, y + padded(out.acc.c));
+      f(list[i], y, extra);
       const bool active = update_site<T>(out, act, y, list[i]);
       // Every site is one thread's alone, so the mask needs no separate pass.
       out.mask.data[list[i]] |= static_cast<uint8_t>(active);
@@ -38,11 +56,12 @@ inline void update_list(const Output& out, const Activation& act, const int32_t*
     __atomic_fetch_add(&total, count, __ATOMIC_RELAXED);
   });
   out.counts[0] = size;
-  out.counts[1] = total;
+  out.counts[1] = in_place<T>(out) ? size : total;
 }
 
 // Applies the update rule at the candidates. f(site, y, work) leaves the site's channels in y
-// before the activation, and may use `work` floats at work. `cost`: elements read or written a site.
+// before the activation, touches nothing beyond them, and may use `work` floats at work. `cost`:
+// elements read or written a site.
 template <class F>
 inline void update_candidates(const Output& out, const Activation& act, Candidates& candidates,
                               int64_t cost, int64_t work, const F& f) {

@@ -61,7 +61,7 @@ Tensor pack_conv_weight_op(const Tensor& weight, at::IntArrayRef stride, at::Int
   if (weight.is_cuda()) return pack_conv_weight_on_cuda(geometry, weight);
 #endif
   const Tensor plain = weight.to(at::kFloat).contiguous();
-  Tensor packed = at::empty({conv_layout(geometry).size}, plain.options());
+  Tensor packed = at::empty({conv_weight_size(geometry)}, plain.options());
   pack_conv_weight(geometry, plain.const_data_ptr<float>(), packed.mutable_data_ptr<float>());
   return packed;
 }

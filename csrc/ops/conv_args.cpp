@@ -72,7 +72,7 @@ void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc) {
 #ifdef DELTAFX_CUDA
   if (acc.is_cuda()) return run_conv_on_cuda(p, weight, acc);
 #endif
-  p.weight = floats_of(weight, conv_layout(p.geometry).size, acc, "weight");
+  p.weight = floats_of(weight, conv_weight_size(p.geometry), acc, "weight");
   conv(p);
 }
 

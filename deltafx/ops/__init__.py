@@ -59,7 +59,7 @@ RAISE: dict[Any, Callable[[fx.Node], Raised]] = {
 
 def delta_op(node: fx.Node) -> DeltaOp | None:
     """The delta op that a node calls (its dense function), if any."""
-    return DELTA_OPS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+    return DELTA_OPS.get(node.target) if node.op == "call_function" else None
 
 
 def is_view(node: fx.Node) -> bool:

@@ -74,16 +74,27 @@ def raise_activation(node: fx.Node) -> Raised:
 
 OP = DeltaOp(affine)
 
+_ACTIVATIONS = (
+    aten.relu.default,
+    aten.relu6.default,
+    aten.silu.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.mish.default,
+    aten.selu.default,
+    aten.hardtanh.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.leaky_relu.default,
+    aten.prelu.default,
+    aten.gelu.default,
+    aten.elu.default,
+    aten.softplus.default,
+)
+
 RAISE = {
     aten.batch_norm.default: raise_batch_norm,
-    **{
-        target: raise_activation
-        for target in (
-            aten.relu.default, aten.relu6.default, aten.silu.default, aten.hardswish.default,
-            aten.hardsigmoid.default, aten.sigmoid.default, aten.tanh.default, aten.mish.default,
-            aten.selu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default,
-            aten.leaky_relu.default, aten.prelu.default, aten.gelu.default, aten.elu.default,
-            aten.softplus.default,
-        )
-    },
-}  # fmt: skip
+    **dict.fromkeys(_ACTIVATIONS, raise_activation),
+}

@@ -121,7 +121,7 @@ def constant(node: Any) -> Tensor | None:
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an ATen call by their schema names, defaults filled in."""
     bound: dict[str, Any] = {}
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for i, argument in enumerate(node.target._schema.arguments):
         if i < len(node.args):
             bound[argument.name] = node.args[i]
         elif argument.name in node.kwargs:

@@ -108,7 +108,7 @@ def _raise_constant(
     if not is_map(x) or value(x).shape != value(node).shape:
         return Refusal(f"a constant widens the operand of this {op}")
     channels = int(value(node).shape[1])
-    k = per_channel(left if left is not None else right, channels)  # type: ignore[arg-type]
+    k = per_channel(left if left is not None else right, channels)
     if k is None:
         return Refusal(f"the constant of this {op} differs from site to site")
     ones = torch.ones_like(k)

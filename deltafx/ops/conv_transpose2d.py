@@ -88,9 +88,9 @@ def raise_conv_transpose2d(node: fx.Node) -> Raised:
     stride, dilation = pair(a["stride"]), pair(a["dilation"])
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
     outside = any(p > 0 for p in pair(a["output_padding"]))
-    if outside or any(r < s for r, s in zip(reach, stride, strict=True)) or max(dilation) > 1:
-        if not _every_output_sees_input(node, weight, a):
-            return Refusal("some outputs of this transposed convolution see no input")
+    gaps = outside or max(dilation) > 1 or any(r < s for r, s in zip(reach, stride, strict=True))
+    if gaps and not _every_output_sees_input(node, weight, a):
+        return Refusal("some outputs of this transposed convolution see no input")
     kwargs: dict[str, Any] = {"x": a["input"], "weight": weight.float()}
     if bias is not None:
         kwargs["bias"] = bias.float()

@@ -50,19 +50,25 @@ def packed_weight(
     groups: int,
     transposed: bool,
 ) -> Tensor:
-    """The fake of `pack_conv_weight`: as many floats as `conv_layout` of csrc/cpu/conv.h says."""
+    """The fake of `pack_conv_weight`: as many floats as csrc/cpu/conv_layout.cpp says."""
     first, second, kh, kw = weight.shape
     cin, cout = (first // groups, second) if transposed else (second, first // groups)
-    if cin == cout == 1:
-        return weight.new_empty(groups * kh * kw, dtype=torch.float32)
-    merged = max((m for m in range(1, groups + 1) if groups % m == 0 and m * cout <= 16), default=1)
-    rest = merged * cout % 32
-    columns = merged * cout - rest + (0 if rest == 0 else 16 if rest <= 16 else 32)
+    if cin == cout and (cin == 1 or (groups > 1 and cin in (2, 4, 8))):
+        return weight.new_empty(weight.numel(), dtype=torch.float32)
+    rest = cout % 32
+    columns = cout - rest + (0 if rest == 0 else 16 if rest <= 16 else 32)
     return weight.new_empty(groups * cin * columns * kh * kw, dtype=torch.float32)
+
+
+def check_arena(masks: Tensor, counts: Tensor) -> None:
+    """The fake of `clear_masks`: `masks` bool, `counts` int64 [nodes, 2]."""
+    torch._check(masks.dtype == torch.bool, lambda: f"masks must be bool, not {masks.dtype}")
+    torch._check(counts.dtype == torch.int64, lambda: f"counts must be int64, not {counts.dtype}")
 
 
 def register(library: torch.library.Library | None = None) -> None:
     """Registers the fake of every operator, once the operators are loaded."""
     for name in OPERATORS:
         torch.library.register_fake(f"deltafx::{name}", check_head, lib=library)
+    torch.library.register_fake("deltafx::clear_masks", check_arena, lib=library)
     torch.library.register_fake("deltafx::pack_conv_weight", packed_weight, lib=library)

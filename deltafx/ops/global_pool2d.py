@@ -45,7 +45,7 @@ def raise_mean(node: fx.Node) -> Raised:
 
 def workspace(node: fx.Node) -> dict[str, tuple[int, ...]]:
     """The partial sums: [N, tiles, C]."""
-    n, c, h, w = value(node.kwargs["x"]).shape  # type: ignore[arg-type]
+    n, c, h, w = value(node.kwargs["x"]).shape
     return {"partial": (n, -(-h * w // TILE), c)}
 
 

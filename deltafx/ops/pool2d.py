@@ -53,11 +53,11 @@ def pool2d(
         [N, C, H', W'].
     """
     if kind == "max":
-        y = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
-    else:
-        y = F.avg_pool2d(
-            x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override
+        y = F.max_pool2d(
+            x, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), ceil_mode
         )
+    else:
+        y = F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
     return activate(y, act, act_params, act_weight)
 
 

@@ -1,4 +1,4 @@
-"""The convolutions on CUDA against the literal update rule, in every dtype, and what only CUDA has."""
+"""The convolutions on CUDA against the literal update rule, and what only CUDA has."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from tests.ops import test_conv2d, test_conv_transpose2d
 from tests.ops.conv_reference import Case, Problem, set_mask
-from torch import Tensor
 
 pytestmark = pytest.mark.cuda
 

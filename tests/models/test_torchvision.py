@@ -1,7 +1,7 @@
-"""Every image model of torchvision, at threshold 0: as exact as the dense model, and all of it delta.
+"""Every image model of torchvision at threshold 0: as exact as the dense model, and all delta.
 
-Random weights from a seed, batch norm statistics from real frames; small frames of two streams, with
-a static frame, a cut to another clip, a frame with NaNs and one after it among them.
+Random weights from a seed, batch norm statistics from real frames; small frames of two streams,
+with a static frame, a cut to another clip, a frame with NaNs and one after it among them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TRANSFORMERS = ("vit_", "swin_", "maxvit")
 DELTA = {
     "conv2d", "conv_transpose2d", "batch_norm", "layer_norm", "relu", "relu_", "relu6", "hardswish",
     "hardsigmoid", "hardtanh", "silu", "gelu", "sigmoid", "max_pool2d", "avg_pool2d",
-    "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "upsample_bilinear2d", "add", "mul", "cat",
-    "upsample_nearest2d", "linear",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "upsample_bilinear2d", "add", "mul",
+    "cat", "upsample_nearest2d", "linear",
 }  # fmt: skip
 """What must not be left dense in a plain CNN."""
 
@@ -57,7 +57,9 @@ def load(name: str, size: tuple[int, int]) -> nn.Module:
     if name in SEGMENTATION:
         extra = {"weights_backbone": None}
     model = torchvision.models.get_model(name, weights=None, **extra).eval()
-    return calibrate_batch_norm(model, torch.cat([clip("vtest", size, 2), clip("carphone", size, 2)]))
+    return calibrate_batch_norm(
+        model, torch.cat([clip("vtest", size, 2), clip("carphone", size, 2)])
+    )
 
 
 def clip(name: str, size: tuple[int, int], count: int) -> Tensor:

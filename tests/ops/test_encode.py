@@ -32,7 +32,7 @@ def encode(x, acc, mask, block, inv_scale, threshold, policy):
 
 @pytest.mark.parametrize("frame_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", (*CHANNELS, 2, 4, 5))
+@pytest.mark.parametrize("channels", [*CHANNELS, 2, 4, 5])
 def test_sites(channels, dtype, frame_dtype, device):
     cases = itertools.product(SIZES, LAYOUTS, TRUNCATIONS)
     for i, (size, layout, (policy, threshold)) in enumerate(cases):
@@ -57,7 +57,7 @@ def test_sites(channels, dtype, frame_dtype, device):
 
 def squares(value, block):
     """The sum over block x block squares of [N, H, W], at every site of the square."""
-    n, h, w = value.shape
+    h, w = value.shape[1:]
     padded = torch.nn.functional.pad(value, (0, -w % block, 0, -h % block))
     sums = padded.unfold(1, block, block).unfold(2, block, block).sum((-1, -2))
     return sums.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :h, :w]
@@ -71,7 +71,7 @@ def test_blocks(channels, dtype, layout, device):
         x = torch.randn(2, channels, *size)
         inv_scale = torch.rand(channels) + 0.5
         quiet = torch.rand(2, 1, size[0], size[1] // 2 + 1) < 0.02
-        start = x + torch.where(quiet, 3.0, 0.01) .repeat_interleave(2, 3)[..., : size[1]]
+        start = x + torch.where(quiet, 3.0, 0.01).repeat_interleave(2, 3)[..., : size[1]]
         acc = make_map(start, dtype, device, channels == 17)
         old, new = acc.clone().cpu().double(), x.to(dtype).double()
         scaled = ((new - old) * inv_scale.double()[None, :, None, None]).square().sum(1)

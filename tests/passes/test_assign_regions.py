@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deltafx.config import Config
 from deltafx.ops import delta_op
 from deltafx.ops.encode import encode
 from deltafx.passes.assign_regions import assign_regions
@@ -24,7 +25,7 @@ def tiny(f):
 def test_the_frame_is_encoded_once_in_blocks():
     gm, count = rewritten(assign_regions, tiny(lambda m, x: m.a(x) * m.b(x)), whole(1, 2, 5, 5))
     assert count == 4
-    assert node(gm, "encode").kwargs["block"] == 8
+    assert node(gm, "encode").kwargs["block"] == Config().input_block
     assert node(gm, "encode").name == "input_0_encoded"
 
 
@@ -32,7 +33,7 @@ def test_dense_results_are_encoded_site_by_site():
     net = tiny(lambda m, x: m.b(m.a(x).sign()))
     gm, count = rewritten(assign_regions, net, whole(1, 2, 5, 5))
     assert count == 4
-    assert [e.kwargs["block"] for e in encodes(gm)] == [8, 1]
+    assert [e.kwargs["block"] for e in encodes(gm)] == [Config().input_block, 1]
     assert not node(gm, "sign").meta.get("delta")
 
 
@@ -42,7 +43,9 @@ def test_dense_readers_take_accumulators_as_they_are():
 
 
 def test_constants_before_the_inputs():
-    gm, _ = rewritten(assign_regions, TinyPair(lambda m, x, y: (x + y, x)), *2 * [whole(1, 2, 3, 3)])
+    gm, _ = rewritten(
+        assign_regions, TinyPair(lambda m, x, y: (x + y, x)), *2 * [whole(1, 2, 3, 3)]
+    )
     assert len(encodes(gm)) == 2
 
 

@@ -27,7 +27,9 @@ def test_a_norm_folds_into_a_convolution(conv):
 
 def test_several_fold_one_after_another():
     net = Tiny(
-        lambda m, x: (2 * m.norm(m.conv(x)) + 3) * 4, conv=nn.Conv2d(2, 3, 1), norm=nn.BatchNorm2d(3)
+        lambda m, x: (2 * m.norm(m.conv(x)) + 3) * 4,
+        conv=nn.Conv2d(2, 3, 1),
+        norm=nn.BatchNorm2d(3),
     )
     gm, count = rewritten(fold_affines, net, whole(1, 2, 4, 4))
     assert count == 4
@@ -50,9 +52,10 @@ def test_the_weight_is_rounded_once():
         norm.weight.copy_(torch.randn(2))
     gm, context = before(fold_affines, net, whole(1, 2, 4, 4))
     assert fold_affines(gm, context) == 1
-    exact = conv.weight.double() * (norm.weight.double() / (norm.running_var + norm.eps).sqrt())[
-        :, None, None, None
-    ]
+    exact = (
+        conv.weight.double()
+        * (norm.weight.double() / (norm.running_var + norm.eps).sqrt())[:, None, None, None]
+    )
     assert torch.equal(constant(node(gm, "conv2d").kwargs["weight"]), exact.float())
 
 

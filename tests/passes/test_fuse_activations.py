@@ -55,7 +55,9 @@ def test_every_activation_fuses(name):
 
 
 def test_prelu_takes_its_weight_along():
-    gm, count = rewritten(fuse_activations, tiny(lambda m, x: m.prelu(m.conv(x))), whole(1, 2, 4, 4))
+    gm, count = rewritten(
+        fuse_activations, tiny(lambda m, x: m.prelu(m.conv(x))), whole(1, 2, 4, 4)
+    )
     assert count == 1
     assert tuple(node(gm, "conv2d").kwargs["act_weight"].meta["val"].shape) == (2,)
 

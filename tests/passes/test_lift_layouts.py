@@ -41,15 +41,19 @@ def test_a_layer_norm_over_channels():
 def test_scales_and_residuals_on_channels_last():
     scale = whole(3, least=1)
     net = Tiny(
-        lambda m, x: (x + (m.a(x.permute(NHWC)) * scale).permute(NCHW), m.a(x.permute(NHWC)) + scale),
+        lambda m, x: (
+            x + (m.a(x.permute(NHWC)) * scale).permute(NCHW), m.a(x.permute(NHWC)) + scale
+        ),
         a=nn.Linear(3, 3),
     )  # fmt: skip
     _, count = rewritten(lift_layouts, net, whole(1, 3, 4, 4))
-    assert count == 4  # two linears, the scale and the shift; the residual is on maps already
+    assert count == 4  # two linears, the scale, the shift; the residual is on maps
 
 
 def test_an_add_of_two_channels_last_maps():
-    net = Tiny(lambda m, x: (m.a(x.permute(NHWC)) + x.permute(NHWC)).permute(NCHW), a=nn.Linear(3, 3))
+    net = Tiny(
+        lambda m, x: (m.a(x.permute(NHWC)) + x.permute(NHWC)).permute(NCHW), a=nn.Linear(3, 3)
+    )
     gm, count = rewritten(lift_layouts, net, whole(1, 3, 4, 4))
     assert count == 2
     assert node(gm, "binary").kwargs["op"] == "add"

@@ -63,5 +63,7 @@ def test_other_rearrangements_stay(f):
 
 
 def test_dtypes_that_have_no_operator_stay():
-    _, count = rewritten(match_shuffles, Tiny(lambda m, x: shuffle(x, 2)), whole(1, 4, 2, 2).double())
+    _, count = rewritten(
+        match_shuffles, Tiny(lambda m, x: shuffle(x, 2)), whole(1, 4, 2, 2).double()
+    )
     assert count == 0

@@ -24,13 +24,17 @@ def three():
 
 
 def test_every_node_has_its_slot():
-    _, plan = planned(lambda m, x: m.b(m.a(x).relu().repeat(1, 1, 1, 1)[:, :2]), 1, 2, 4, 5, **three())
+    _, plan = planned(
+        lambda m, x: m.b(m.a(x).relu().repeat(1, 1, 1, 1)[:, :2]), 1, 2, 4, 5, **three()
+    )
     assert plan.slots["a"].shape == (1, 3, 4, 5)
     assert plan.places["a"] == Place("a", 0, 3)
 
 
 def test_the_parts_of_a_concatenation_are_written_in_place():
-    gm, plan = planned(lambda m, x: torch.cat([m.a(x), m.b(x), m.c(x)], 1).sign(), 1, 2, 4, 4, **three())
+    gm, plan = planned(
+        lambda m, x: torch.cat([m.a(x), m.b(x), m.c(x)], 1).sign(), 1, 2, 4, 4, **three()
+    )
     assert set(plan.slots) == {"input_0_encoded", "cat"}
     assert plan.places["cat"] == Place("cat", 0, 9)
     assert [plan.places[n] for n in "abc"] == [Place("cat", 3 * i, 3) for i in range(3)]
@@ -42,7 +46,7 @@ def test_nested_concatenations_share_a_slot():
         inner = torch.cat([m.a(x), m.b(x)], 1)
         return torch.cat([m.c(x), inner], 1).sign() + inner.sum() * 0
 
-    gm, plan = planned(f, 1, 2, 4, 4, **three())
+    _, plan = planned(f, 1, 2, 4, 4, **three())
     assert plan.places["cat"] == Place("cat_1", 3, 6)
     assert plan.places["b"] == Place("cat_1", 6, 3)
     assert set(plan.slots) == {"input_0_encoded", "cat_1"}

@@ -21,7 +21,9 @@ RAISED = {
     "prelu": lambda m, x: F.prelu(x, m.conv.bias),
     "leaky_relu": lambda m, x: F.leaky_relu(x, 0.25),
     "max_pool2d": lambda m, x: F.max_pool2d(x, 2, ceil_mode=True),
-    "avg_pool2d": lambda m, x: F.avg_pool2d(x, 2, 1, 1, count_include_pad=False, divisor_override=4),
+    "avg_pool2d": lambda m, x: F.avg_pool2d(
+        x, 2, 1, 1, count_include_pad=False, divisor_override=4
+    ),
     "adaptive": lambda m, x: F.adaptive_avg_pool2d(x, (3, 2)),
     "adaptive_max": lambda m, x: F.adaptive_max_pool2d(x, (3, 2)),
     "global": lambda m, x: F.adaptive_avg_pool2d(x, 1),
@@ -108,7 +110,9 @@ def test_refused_with_a_reason(name):
 
 
 def test_empty_maps_stay():
-    _, count = rewritten(raise_ops, Tiny(lambda m, x: torch.cat([x[:, :0], x], 1)), whole(1, 2, 3, 3))
+    _, count = rewritten(
+        raise_ops, Tiny(lambda m, x: torch.cat([x[:, :0], x], 1)), whole(1, 2, 3, 3)
+    )
     assert count == 0
 
 

@@ -16,7 +16,7 @@ class Branching(nn.Module):
 
 class OnValues(nn.Module):
     def forward(self, x):
-        return [r for r in x]  # iterating over a tensor is what fx cannot follow
+        return [r + 0 for r in x]  # iterating over a tensor is what fx cannot follow
 
 
 class Variadic(nn.Module):
@@ -74,7 +74,10 @@ def test_keyword_only_arguments_come_along():
             return x * scale
 
     traced = trace_model(Keywords().eval())
-    assert (traced.front_end, traced.reason) == ("python", "forward has an optional argument, 'scale'")
+    assert (traced.front_end, traced.reason) == (
+        "python",
+        "forward has an optional argument, 'scale'",
+    )
     assert traced.bind((1,), {"scale": 3.0}) == (1, {"scale": 3.0, "rows": False})
 
     class Required(nn.Module):

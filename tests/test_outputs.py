@@ -1,0 +1,123 @@
+"""What a compiled model returns: the model's structures, in tensors that are safe to keep."""
+
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import deltafx
+from tests.exactness import exact_over
+from tests.small_net import Net, clip, follows
+
+Pair = namedtuple("Pair", "left right")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: {"out": m.a(x), "more": [m.b(m.a(x)), (x, None, 3)]},
+        lambda m, x: (m.a(x),),
+        lambda m, x: OrderedDict(z=m.a(x), a=x.relu()),
+        lambda m, x: Pair(m.a(x), [m.b(m.a(x))]),
+        lambda m, x: [],
+    ],
+    ids=["nested", "tuple", "ordered", "named tuple", "nothing"],
+)
+def test_structures_of_outputs(function):
+    model, x = Net(function), torch.randn(2, 3, 9, 10)
+    compiled = deltafx.compile(model, threshold=0)
+    expected, got = model(x), compiled(x)
+    flat, spec = torch.utils._pytree.tree_flatten(got)
+    if isinstance(expected, OrderedDict):  # fx knows plain dictionaries only
+        expected = dict(expected)
+    assert spec == torch.utils._pytree.tree_structure(expected)
+    assert type(got) is type(expected)
+    if flat:
+        follows(model, 2, 3, 9, 10)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.a(x),
+        lambda m, x: (m.a(x), m.b(m.a(x))),
+        lambda m, x: m.a(x)[:, 2:4],
+        lambda m, x: m.a(x).flatten(1),
+        lambda m, x: m.a(x).permute(0, 2, 3, 1),
+        lambda m, x: x,
+        lambda m, x: x[:, :1],
+        lambda m, x: [x + 1, x],
+        lambda m, x: m.a(x).sum(1),
+        lambda m, x: torch.cat([m.a(x), x], 1).chunk(2, 1),
+    ],
+)
+def test_outputs_are_safe_to_keep(function):
+    model = Net(function)
+    compiled = deltafx.compile(model, threshold=0)
+    kept, copies = [], []
+    frame = torch.empty(1, 3, 8, 8)
+    for picture in clip(1, 3, 8, 8):
+        frame.copy_(picture)  # a caller that decodes into one buffer
+        flat = torch.utils._pytree.tree_leaves(compiled(frame))
+        kept += flat
+        copies += [t.clone() for t in flat]
+    frame.zero_()
+    compiled.reset()
+    for t, copy in zip(kept, copies, strict=True):
+        assert torch.equal(t, copy)
+    with torch.no_grad():
+        for t in kept:  # nor does writing into them reach the state
+            t.fill_(7)
+    exact_over(model, compiled, clip(1, 3, 8, 8))
+
+
+def relu_in_place(m, x):
+    return m.b(F.relu_(m.a(x)))
+
+
+def add_to_view(m, x):
+    y = m.a(x)
+    y[:, :2].add_(1)
+    return m.b(y)
+
+
+def write_channel(m, x):
+    y = x * 2
+    y[:, 0] = x[:, 1]
+    return m.a(y)
+
+
+def write_frame(m, x):
+    x[:, 0] = 0.5
+    return m.a(x)
+
+
+def twice(m, x):
+    y = m.b(m.a(x)).relu_()
+    return m.b(y) + m.b(m.b(y)), y
+
+
+def accumulate(m, x):
+    y = m.a(x)
+    z = m.b(y)
+    y += z
+    return y, z
+
+
+@pytest.mark.parametrize(
+    "function", [relu_in_place, add_to_view, write_channel, write_frame, twice, accumulate]
+)
+def test_models_that_write_in_place_or_share_modules(function):
+    model = Net(function)
+    compiled = deltafx.compile(model, threshold=0)
+    for frame in clip(2, 3, 9, 8):
+        given = frame.clone()
+        out, expected = compiled(given), model(frame.clone())
+        assert torch.equal(given, frame), "the caller's frame was written into"
+        for o, e in zip(
+            torch.utils._pytree.tree_leaves(out),
+            torch.utils._pytree.tree_leaves(expected),
+            strict=True,
+        ):
+            assert torch.allclose(o, e, atol=1e-5, rtol=1e-5)
