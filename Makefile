@@ -9,7 +9,7 @@ CXX_FILES := $(filter %.cpp %.h %.inl %.cu %.cuh,$(CSRC))
 DEMO := .demo
 TYPED := .cache/typed
 
-.PHONY: demo test test-all lint format bench clean venv build
+.PHONY: demo test test-all lint format bench bench-gpu clean venv build
 
 demo: build
 	@mkdir -p $(DEMO)
@@ -38,6 +38,10 @@ format: venv
 
 bench: build $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+# On a machine with a CUDA device and a CUDA build of torch.
+bench-gpu: build
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf build dist .demo .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

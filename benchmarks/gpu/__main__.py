@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, default=0.1, help="for all clips but vtest")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", default="resnet50_1", help="the workload to list by layer")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu_h100.json"))
     return parser.parse_args()
 
 
