@@ -17,8 +17,8 @@ from deltafx.ops.base import Call, value
 from deltafx.ops.encode import encode
 from deltafx.ops.gather_channels import gather_channels
 from deltafx.ops.pad2d import pad2d
-from deltafx.passes.context import Context, insert_call
-from deltafx.passes.fuse_separables import is_depthwise, is_pointwise
+from deltafx.passes.context import Context, insert_call, only_user
+from deltafx.passes.fuse_separables import is_depthwise, is_pointwise, is_separable
 
 
 def assign_regions(gm: fx.GraphModule, context: Context) -> int:
@@ -84,9 +84,10 @@ def _insert_encodes(gm: fx.GraphModule, context: Context) -> None:
 
 
 def _truncates(node: fx.Node) -> bool:
-    """Whether comparing pays: not for copies, nor between an expansion and its depthwise conv."""
+    """Whether comparing pays: not for copies, nor inside an inverted residual."""
     if node.target in (gather_channels, pad2d):
         return False
     if node.users and is_pointwise(node):
         return not all(is_depthwise(user) for user in node.users)
-    return True
+    reader = only_user(node)
+    return reader is None or not is_separable(reader) or reader.kwargs["x"] is not node

@@ -4,7 +4,8 @@
     separable_conv2d(x=x, depthwise_weight=d, depthwise_act="relu6", weight=w, ...)
 
 Where the op has kernels, which is on the CPU. The pointwise convolution keeps its name; the
-depthwise one is no node any more and has no threshold.
+depthwise one is no node any more. On other devices it stays one, and `assign_regions` leaves it
+without a threshold, so that a model means the same on every device.
 """
 
 from __future__ import annotations
@@ -26,13 +27,9 @@ def fuse_separables(gm: fx.GraphModule, context: Context) -> int:
     """Fuses; returns how many."""
     count = 0
     for node in list(gm.graph.nodes):
-        if not is_pointwise(node) or value(node).device.type != "cpu":
+        if not is_separable(node) or value(node).device.type != "cpu":
             continue
         before: Any = node.kwargs["x"]
-        if only_user(before) is not node or not _fits(before):
-            continue
-        if "pre_scale" in node.kwargs or node.kwargs.get("residual") is before:
-            continue
         first, second = before.kwargs, node.kwargs
         kwargs = {
             "x": first["x"],
@@ -49,6 +46,14 @@ def fuse_separables(gm: fx.GraphModule, context: Context) -> int:
         count += 1
     clean(gm)
     return count
+
+
+def is_separable(node: fx.Node) -> bool:
+    """Whether a node is a pointwise convolution that alone reads a depthwise one."""
+    if not is_pointwise(node) or "pre_scale" in node.kwargs:
+        return False
+    before = node.kwargs["x"]
+    return only_user(before) is node and node.kwargs.get("residual") is not before and _fits(before)
 
 
 def is_pointwise(node: fx.Node) -> bool:
