@@ -38,7 +38,7 @@ class FrameCalls:
         self._calls: list[Callable[[], None]] = []
 
         def found(arg: Any) -> Any:
-            return fx.node.map_arg(arg, lambda n: tensors[n.target])
+            return fx.node.map_arg(arg, lambda n: tensors[str(n.target)])
 
         calls = [n for n in nodes if n.op == "call_function" and n.target is not _CLONE]
         self._clear = partial(calls[0].target, *found(calls[0].args))

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,8 +92,7 @@ class DeltaModule(fx.GraphModule):
         ]
         self._held: list[Tensor | None] = []  # what the groups hold, to see replaced tensors
         self._weights: list[Tensor] = []
-        self._versioned: list[Tensor] = []
-        self._weights_seen: tuple[int, ...] = ()
+        self._weights_seen: int | None = None
         super().train(False)
 
     def recompile(self) -> Any:
@@ -376,11 +375,9 @@ class DeltaModule(fx.GraphModule):
         if not (len(held) == len(self._held) and all(map(is_, held, self._held))):
             self._held = held
             self._weights = [t for t in held if t is not None]
-            # Inference tensors cannot be written to, and have no version.
-            self._versioned = [t for t in self._weights if not t.is_inference()]
-        seen = (*map(_VERSION, self._versioned), *map(Tensor.data_ptr, self._weights))
+        seen = torch.ops.deltafx.fingerprint(self._weights)
         if seen != self._weights_seen:
-            if self._weights_seen:
+            if self._weights_seen is not None:
                 self._forget()
             self._weights_seen = seen
 
@@ -389,9 +386,6 @@ def _lose_state(compiled: _Compiled) -> None:
     """NaN differs from every value: the next frame rewrites every site."""
     for name in compiled.instance.plan.slots:
         compiled.buffers[acc_name(name)].fill_(float("nan"))
-
-
-_VERSION = attrgetter("_version")
 
 
 def _signature(bound: tuple[Any, ...]) -> Signature:
