@@ -7,13 +7,16 @@ for frame in video:
     y = model(frame)
 """
 
-from deltafx import errors, ops
+from deltafx import backend, errors, ops
 from deltafx.api import compile  # noqa: A004
+from deltafx.backend import regions, reset, stats
 from deltafx.config import Config
 from deltafx.module import DeltaModule
 from deltafx.stats import Explanation, NodeStats, Stats
 
 __version__ = "0.1.0"
+
+backend.register()
 
 __all__ = [
     "Config",
@@ -24,4 +27,7 @@ __all__ = [
     "compile",
     "errors",
     "ops",
+    "regions",
+    "reset",
+    "stats",
 ]

@@ -25,6 +25,7 @@ from deltafx.config import Config
 from deltafx.cuda_graph import FrameGraph
 from deltafx.errors import InvalidInputError, NotCompiledError, TrainModeError, UnknownNodeError
 from deltafx.passes.emit_instance import Instance, emit_instance
+from deltafx.passes.insert_casts import autocast_state, no_autocast
 from deltafx.passes.trace_model import TracedModel, trace_model
 from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, mask_name
 from deltafx.stats import Explanation, Stats, make_stats
@@ -121,7 +122,8 @@ class DeltaModule(fx.GraphModule):
             tensors = [a for a in pytree.tree_leaves(bound) if isinstance(a, Tensor)]
             self._calibrate_if_due(compiled)
             self._refresh_if_due(compiled)
-            out = compiled.run(compiled.attributes, *tensors)
+            with no_autocast():  # its casts are in the graph
+                out = compiled.run(compiled.attributes, *tensors)
             compiled.frames += 1
             self._calibrate_if_due(compiled)
             return pytree.tree_unflatten(list(out), compiled.instance.out_spec)
@@ -386,4 +388,4 @@ def _signature(bound: tuple[Any, ...]) -> Signature:
     kinds = tuple(
         (tuple(a.shape), a.dtype, a.device) if isinstance(a, Tensor) else repr(a) for a in leaves
     )
-    return (spec, kinds)
+    return (spec, kinds, autocast_state())

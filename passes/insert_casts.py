@@ -63,7 +63,7 @@ def _dtype_without(node: fx.Node) -> torch.dtype | None:
     """The dtype of a call's result as it stands; `None` where it cannot be called so."""
     modes = [n.meta["val"] for n in node.all_input_nodes if hasattr(n.meta.get("val"), "fake_mode")]
     if not modes:
-        return node.meta["val"].dtype  # type: ignore[no-any-return]
+        return node.meta["val"].dtype
     mode = modes[0].fake_mode
 
     def fake(n: fx.Node) -> Any:
@@ -74,7 +74,7 @@ def _dtype_without(node: fx.Node) -> torch.dtype | None:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake)
     try:
         with mode, no_autocast():
-            return node.target(*args, **kwargs).dtype  # type: ignore[no-any-return, operator]
+            return node.target(*args, **kwargs).dtype  # type: ignore[operator]
     except RuntimeError:
         return None
 

@@ -83,7 +83,9 @@ class Standardised(nn.Module):
     def forward(self, x):
         w = self.a.weight
         w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
-        return self.b(torch.relu(F.conv2d(x, w, self.a.bias, padding=1)) * self.gain.view(1, 8, 1, 1))
+        return self.b(
+            torch.relu(F.conv2d(x, w, self.a.bias, padding=1)) * self.gain.view(1, 8, 1, 1)
+        )
 
 
 def test_they_follow_the_weights():
