@@ -7,16 +7,16 @@ for frame in video:
     y = model(frame)
 """
 
-from deltafx import backend, errors, ops
+from deltafx import errors, ops
 from deltafx.api import compile  # noqa: A004
-from deltafx.backend import regions, reset, stats
+from deltafx.backend import modules, register_backend, reset, stats
 from deltafx.config import Config
 from deltafx.module import DeltaModule
 from deltafx.stats import Explanation, NodeStats, Stats
 
 __version__ = "0.1.0"
 
-backend.register()
+register_backend()
 
 __all__ = [
     "Config",
@@ -26,8 +26,8 @@ __all__ = [
     "Stats",
     "compile",
     "errors",
+    "modules",
     "ops",
-    "regions",
     "reset",
     "stats",
 ]

@@ -77,14 +77,14 @@ def _free() -> None:
 backend.reset = _free  # type: ignore[attr-defined]
 
 
-def register() -> None:
+def register_backend() -> None:
     """Makes the name known to Dynamo, where no entry point of an installed package does."""
     if NAME in entry_points(group=GROUP).names:
         return
-    from torch._dynamo.backends.registry import _COMPILER_FNS, register_backend
+    from torch._dynamo.backends import registry
 
-    if NAME not in _COMPILER_FNS:
-        register_backend(compiler_fn=backend, name=NAME)
+    if NAME not in registry._COMPILER_FNS:
+        registry.register_backend(compiler_fn=backend, name=NAME)
 
 
 @dataclasses.dataclass
@@ -268,7 +268,7 @@ def _written_inputs(body: fx.GraphModule, args: Sequence[Any]) -> list[int]:
     return [i for i, a in enumerate(fakes) if isinstance(a, Tensor) and a._version != before[i]]
 
 
-def regions(compiled: Any) -> tuple[DeltaModule, ...]:
+def modules(compiled: Any) -> tuple[DeltaModule, ...]:
     """The delta regions of a compiled model, in the order in which they were made.
 
     Args:
@@ -294,13 +294,13 @@ def reset(compiled: Any) -> None:
     Regions without any weight, of which it is not known whose they are, forget too.
 
     Args:
-        compiled: As `regions` takes it.
+        compiled: As `modules` takes it.
 
     Raises:
-        InvalidInputError: As `regions` does.
+        InvalidInputError: As `modules` does.
         NotCompiledError: Likewise.
     """
-    for module in regions(compiled):
+    for module in modules(compiled):
         module.reset()
     if not isinstance(compiled, DeltaModule):
         for entry in (e for region in list(_REGIONS.values()) for e in region.entries):
@@ -312,14 +312,14 @@ def stats(compiled: Any) -> Stats:
     """What the last frame of a compiled model cost, over all its regions.
 
     Args:
-        compiled: As `regions` takes it.
+        compiled: As `modules` takes it.
 
     Returns:
         The sums; of several regions, the nodes of the second are named `1.conv1` and so on. Of the
         recompilations of a region the one that ran last counts.
 
     Raises:
-        InvalidInputError: As `regions` does.
+        InvalidInputError: As `modules` does.
         NotCompiledError: Likewise.
     """
     if isinstance(compiled, DeltaModule):
@@ -372,4 +372,4 @@ def _models(compiled: Any) -> list[nn.Module]:
     return [m for m in [owner, *reached] if isinstance(m, nn.Module)]
 
 
-__all__ = ["Region", "backend", "regions", "register", "reset", "stats"]
+__all__ = ["Region", "backend", "modules", "register_backend", "reset", "stats"]

@@ -2,8 +2,8 @@
 
 Enters: an instance and its tensors. Leaves: a module over frames alone, whose buffers are the state
 and whose graph says everything that happens in a frame: which part of which arena a node reads and
-writes, and when thresholds are 0. It depends on the operators and on nothing else of deltafx, so what
-`torch.export.export` makes of it can be saved, loaded and run elsewhere.
+writes, and when thresholds are 0. It depends on the operators and on nothing else of deltafx, so
+what `torch.export.export` makes of it can be saved, loaded and run elsewhere.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_as_exact_as_the_model(mode, dynamic, fullgraph):
         exact_over(model, compiled, frames(2, 3, 9, 9))
         exact_over(model, compiled, frames(2, 3, 12, 7))  # recompiles, or is dynamic
         exact_over(model, compiled, frames(1, 3, 9, 9))
-    (region, *_) = deltafx.regions(compiled)
+    (region, *_) = deltafx.modules(compiled)
     assert region.explain().delta_share == 1
     assert region.explain().front_end == "dynamo"
 
@@ -102,7 +102,7 @@ def test_nodes_have_the_names_that_deltafx_compile_gives():
     compiled, ours = compiled_with(model), deltafx.compile(model, threshold=0)
     frame = torch.randn(1, 3, 9, 9)
     compiled(frame), ours(frame)
-    assert [n.name for n in deltafx.regions(compiled)[0].explain()] == [
+    assert [n.name for n in deltafx.modules(compiled)[0].explain()] == [
         n.name for n in ours.explain()
     ]
 
@@ -112,7 +112,7 @@ def test_graph_breaks_make_several_regions():
     compiled = compiled_with(model, {**EXACT, "thresholds": {"second": 0.5}})
     with torch.no_grad():
         compiled(torch.randn(1, 3, 9, 9))
-    first, second = deltafx.regions(compiled)
+    first, second = deltafx.modules(compiled)
     assert "first" in first.thresholds
     assert "second" not in first.thresholds
     assert second.thresholds["second"] == 0.5
@@ -130,7 +130,7 @@ def test_the_stats_are_those_of_the_last_recompilation():
     with torch.no_grad():
         compiled(torch.randn(1, 3, 9, 9))
         compiled(torch.randn(1, 3, 12, 12))
-    assert len(deltafx.regions(compiled)) == 2
+    assert len(deltafx.modules(compiled)) == 2
     assert deltafx.stats(compiled).nodes["first"].sites == 144
     with torch.no_grad():
         compiled(torch.randn(1, 3, 9, 9))
@@ -177,10 +177,10 @@ def test_a_replaced_parameter_keeps_its_region():
     compiled = compiled_with(model)
     frame = torch.randn(1, 3, 9, 9)
     compiled(frame)
-    before = deltafx.regions(compiled)
+    before = deltafx.modules(compiled)
     replace_parameter(model)
     compiled(frame)
-    assert deltafx.regions(compiled) == before
+    assert deltafx.modules(compiled) == before
 
 
 def test_two_models_of_a_class_share_nothing():
@@ -198,7 +198,7 @@ def test_two_models_of_a_class_share_nothing():
     for c, oracle in zip(compiled, oracles, strict=True):
         oracle.check()
         assert deltafx.stats(c).flop_fraction == 0
-    assert set(deltafx.regions(compiled[0])).isdisjoint(deltafx.regions(compiled[1]))
+    assert set(deltafx.modules(compiled[0])).isdisjoint(deltafx.modules(compiled[1]))
     deltafx.reset(compiled[0])
     with torch.no_grad():
         compiled[0](frame)
@@ -213,8 +213,8 @@ def test_only_so_many_models_are_kept():
     for c in compiled:
         c(frame)
     with pytest.raises(NotCompiledError):
-        deltafx.regions(compiled[0])
-    assert deltafx.regions(compiled[2])
+        deltafx.modules(compiled[0])
+    assert deltafx.modules(compiled[2])
 
 
 @pytest.mark.parametrize("kwargs", [{"options": {"treshold": 0}}, {"mode": "max-autotune"}])
@@ -232,7 +232,7 @@ def test_options_out_of_range():
 def test_options_arrive():
     compiled = compiled_with(Net().eval(), {"threshold": 0.3, "policy": "max"})
     compiled(torch.randn(1, 3, 9, 9))
-    (region,) = deltafx.regions(compiled)
+    (region,) = deltafx.modules(compiled)
     assert region.config.policy == "max"
     assert region.thresholds["first"] == 0.3
 
@@ -306,7 +306,7 @@ def test_functions():
             got = compiled(frame)
             torch.testing.assert_close(got["out"], f(frame)["out"])
             assert got["shape"] == 9
-    (region,) = deltafx.regions(compiled)
+    (region,) = deltafx.modules(compiled)
     assert region.explain().delta_share == 1
     deltafx.reset(compiled)
     assert deltafx.stats(compiled).nodes
@@ -322,13 +322,13 @@ def test_the_model_itself_compiled_in_place():
 
 def test_what_is_not_compiled():
     model = Net().eval()
-    for f in (deltafx.regions, deltafx.reset, deltafx.stats):
+    for f in (deltafx.modules, deltafx.reset, deltafx.stats):
         with pytest.raises(NotCompiledError, match="call it with a frame"):
             f(compiled_with(model))
         with pytest.raises(InvalidInputError, match="not int"):
             f(3)
     ours = deltafx.compile(model, example_inputs=(torch.randn(1, 3, 9, 9),))
-    assert deltafx.regions(ours) == (ours,)
+    assert deltafx.modules(ours) == (ours,)
     assert deltafx.stats(ours).nodes == ours.stats().nodes
     deltafx.reset(ours)
 
@@ -339,7 +339,7 @@ def test_compiler_reset_frees_everything(breaks):
     compiled = compiled_with(model)
     with torch.no_grad():
         compiled(torch.randn(1, 3, 9, 9))
-    found = deltafx.regions(compiled)
+    found = deltafx.modules(compiled)
     held = [weakref.ref(m) for m in found]
     held += [weakref.ref(t) for m in found for t in m.state_tensors().values()]
     del found
