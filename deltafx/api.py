@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from deltafx.config import Config
 from deltafx.errors import InvalidInputError
 from deltafx.module import DeltaModule
+from deltafx.passes.captured_graph import capture_exported
 
 
 def compile(  # noqa: A001  the name that users of torch.compile look for
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     threshold: float | None = None,
     thresholds: Mapping[str, float] | None = None,
@@ -23,7 +25,8 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
     """Compiles a CNN for video: call the result with the frames of a clip, one after another.
 
     Args:
-        model: In eval mode. Its weights are shared, not copied, and followed when they change.
+        model: In eval mode, or exported in it. Its weights are shared, not copied, and followed
+            when they change.
         threshold: How far a value may be from what was last propagated without being propagated,
             in standard deviations of its channel; 0 is exact.
         thresholds: Thresholds of single nodes by name (`explain()` lists the names).
@@ -42,10 +45,13 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
 
     Raises:
         InvalidOptionError: An option is unknown or out of its range.
-        InvalidInputError: `model` is no `nn.Module`, or the example does not fit it.
+        InvalidInputError: `model` is neither a module nor an exported program, or the example
+            does not fit it.
         TrainModeError: The model is in train mode.
     """
     config = Config.from_options({"threshold": threshold, "thresholds": thresholds, **options})
+    if isinstance(model, ExportedProgram):
+        model = capture_exported(model)
     compiled = DeltaModule(model, config)
     if example_inputs is not None:
         if not isinstance(example_inputs, (tuple, list)):

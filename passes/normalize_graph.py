@@ -21,9 +21,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
 
-from deltafx.errors import InvalidInputError
+from deltafx.errors import InvalidInputError, TrainModeError
+from deltafx.ops.base import arguments
 from deltafx.passes.context import identifier, rename
 from deltafx.passes.functionalize_inplace import functionalize_inplace
+from deltafx.passes.insert_casts import autocast_state, insert_casts
 from deltafx.passes.trace_model import TracedModel
 
 aten = torch.ops.aten
@@ -82,7 +84,10 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
             ) from error
     gm = _with_weights(made, list(state), state)
     gm.meta["out_spec"] = out_specs[-1]
-    _drop_modes(gm)
+    if _drop_modes(gm) or any(autocast_state()):
+        insert_casts(gm)
+    if traced.front_end != "fx":
+        _check_inference(gm)
     _name_nodes(gm)
     functionalize_inplace(gm)
     drop_identities(gm)
@@ -154,13 +159,31 @@ def _reshape_views(gm: fx.GraphModule) -> None:
             node.target = aten.reshape.default
 
 
-def _drop_modes(gm: fx.GraphModule) -> None:
-    """Grad modes and assertions of the model play no part in inference."""
-    for node in list(gm.graph.nodes):
+def _drop_modes(gm: fx.GraphModule) -> bool:
+    """Drops grad modes, assertions and autocast; tells whether autocast was among them."""
+    autocast = False
+    for node in reversed(list(gm.graph.nodes)):  # what leaves a mode reads what entered it
         if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
             continue
         if node.target is not operator.getitem and not node.users:
+            autocast |= node.target is torch.amp.autocast_mode._enter_autocast
             gm.graph.erase_node(node)
+    return autocast
+
+
+def _check_inference(gm: fx.GraphModule) -> None:
+    """A captured graph no longer tells the mode of its modules; their calls do.
+
+    Raises:
+        TrainModeError: A batch norm updates its statistics.
+    """
+    for node in gm.graph.nodes:
+        if node.target == aten.batch_norm.default:
+            a = arguments(node)
+            if a["training"] and a["running_mean"] is not None:
+                raise TrainModeError(
+                    "a batch norm of the model is in train mode: call model.eval() first"
+                )
 
 
 def _name_nodes(gm: fx.GraphModule) -> None:

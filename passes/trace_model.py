@@ -17,6 +17,8 @@ from typing import Any
 from torch import fx, nn
 
 from deltafx.errors import InvalidInputError, TrainModeError
+from deltafx.passes.captured_graph import CapturedGraph
+from deltafx.passes.insert_casts import autocast_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class TracedModel:
     Attributes:
         root: The traced graph, or the model itself.
         signature: Of `forward`, for binding arguments.
-        front_end: `"fx"` or `"python"`.
+        front_end: `"fx"`, `"python"`, or that of a `CapturedGraph`.
         reason: Why not `"fx"`, if so.
     """
 
@@ -38,7 +40,7 @@ class TracedModel:
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments in the order of `forward`, defaults filled in.
 
-        Of a `"python"` model the last one is the dictionary of those that go by keyword.
+        Of a model that is not of fx the last one is the dictionary of those that go by keyword.
 
         Raises:
             InvalidInputError: They do not fit it.
@@ -63,6 +65,17 @@ class Tracer(fx.Tracer):
         """Remembers its thread."""
         super().__init__()
         self._thread = threading.get_ident()
+        self._autocast = autocast_state()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Adds a node as fx does, which has no word for autocast.
+
+        Raises:
+            TraceError: The model has switched autocast on or off.
+        """
+        if threading.get_ident() == self._thread and autocast_state() != self._autocast:
+            raise fx.proxy.TraceError("the model sets autocast itself")
+        return super().create_node(*args, **kwargs)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Calls a module as fx does, or as it is."""
@@ -84,7 +97,7 @@ def shadow(module: nn.Module, seen: dict[nn.Module, nn.Module] | None = None) ->
     """
     seen = {} if seen is None else seen
     if module not in seen:
-        seen[module] = copied = copy.copy(module)
+        seen[module] = copied = _copied(module)
         copied._parameters = dict(module._parameters)
         copied._buffers = dict(module._buffers)
         copied._modules = {
@@ -92,6 +105,15 @@ def shadow(module: nn.Module, seen: dict[nn.Module, nn.Module] | None = None) ->
             for name, child in module._modules.items()
         }
     return seen[module]
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A shallow copy; parametrized modules (weight norm) refuse the ordinary way."""
+    if hasattr(module, "__copy__"):
+        return copy.copy(module)
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    return copied
 
 
 def trace_model(model: nn.Module) -> TracedModel:
@@ -115,6 +137,8 @@ def trace_model(model: nn.Module) -> TracedModel:
         )
     model = shadow(model)
     signature = inspect.signature(model.forward)
+    if isinstance(model, CapturedGraph):
+        return TracedModel(model, signature, model.front_end)
     reason = _not_for_fx(signature)
     if reason:
         return TracedModel(model, signature, "python", reason)
