@@ -11,6 +11,7 @@ from deltafx import errors, ops
 from deltafx.api import compile  # noqa: A004
 from deltafx.config import Config
 from deltafx.module import DeltaModule
+from deltafx.regions import DeltaRegions
 from deltafx.stats import Explanation, NodeStats, Stats
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Config",
     "DeltaModule",
+    "DeltaRegions",
     "Explanation",
     "NodeStats",
     "Stats",
