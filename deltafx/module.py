@@ -92,7 +92,10 @@ class DeltaModule(fx.GraphModule):
         self._scales: dict[str, Tensor] = {}
         self._thresholds_hold = False
         self._weight_groups: list[dict[str, Any]] = [
-            group for m in model.modules() for group in (m._parameters, m._buffers) if group
+            group
+            for m in model.modules()
+            for group in (m._parameters, m._buffers)
+            if group and isinstance(group, dict)  # TorchScript's are none
         ]
         self._held: list[Tensor | None] = []  # what the groups hold, to see replaced tensors
         self._weights: list[Tensor] = []

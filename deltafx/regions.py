@@ -211,13 +211,15 @@ class DeltaRegions(nn.Module):
         regions = self.regions
         if last.visited == [""]:
             return regions[""].explain()
+        macs = self._outside()
+        macs.update({path: 0 for path, part in self._parts.items() if part.kind == "dense"})
         outside = [
             NodeInfo(
                 name=path or type(self.model).__name__, op=type(self._parts[path].module).__name__,
                 kind="dense", reason=self._parts[path].reason or "it runs as it is", shape=(),
-                truncates=False, region=None, sites=0, macs_per_site=0, dense_macs=macs,
+                truncates=False, region=None, sites=0, macs_per_site=0, dense_macs=count,
             )
-            for path, macs in self._outside().items()
+            for path, count in macs.items()
         ]  # fmt: skip
         explained = {name: regions[name].explain() for name in last.visited}
         return join_explanations(explained, outside, self._parts[""].reason)
@@ -295,7 +297,10 @@ class DeltaRegions(nn.Module):
 
     def _outside(self) -> Counter[str]:
         """The multiply-adds outside of the regions in the last frame's signature, by path."""
-        return next(reversed(self._rest.values()), Counter())
+        return Counter(next(reversed(self._rest.values()), {}))
+
+    def _settled(self) -> int:
+        return sum(part.kind in ("parts", "dense") for part in self._parts.values())
 
     @torch.no_grad()
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], only_prepare: bool) -> Any:
@@ -306,17 +311,21 @@ class DeltaRegions(nn.Module):
         )
         if signature not in self._rest:
             frame.counter = MacCounter(lambda: frame.at[-1] if frame.at else "")
+        settled = self._settled()
         self._frame = frame
         try:
             with frame.counter or contextlib.nullcontext():
                 out = self.__dict__["_shell"](*args, **kwargs)
         finally:
             self._frame = None
-        if frame.counter is not None:
+        if frame.counter is None and self._settled() != settled:
+            self._rest.clear()  # less is in regions than when this was counted
+        elif frame.counter is None:
+            self._rest.move_to_end(signature)
+        else:
             while len(self._rest) >= self.config.max_states:
                 self._rest.popitem(last=False)
             self._rest[signature] = frame.counter.macs
-        self._rest.move_to_end(signature)
         self._last = frame
         self.thresholds.check()
         return out
@@ -336,7 +345,7 @@ class DeltaRegions(nn.Module):
                     return region(*args, **kwargs)
                 except UntraceableError as error:
                     part.settle("parts", str(error))
-        with frame.within(part, dense=part.kind == "dense"):
+        with frame.within(part, dense=part.kind in ("dense", "delta")):
             return part.dense(*args, **kwargs)
 
     def _region(

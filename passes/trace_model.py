@@ -20,7 +20,7 @@ import types
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from deltafx.errors import InvalidInputError, TrainModeError
 
@@ -105,7 +105,9 @@ def shadow(module: nn.Module, seen: dict[nn.Module, nn.Module] | None = None) ->
     if isinstance(module, torch.jit.ScriptModule):
         seen[module] = module  # its modules live in C++
         return module
-    seen[module] = copied = copy.copy(module)
+    # Not `copy.copy`: some modules (parametrized ones) refuse it.
+    seen[module] = copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
     for name, value in module.__dict__.items():
         if type(value) in _CONTAINERS:
             copied.__dict__[name] = copy.copy(value)
@@ -140,6 +142,7 @@ def check_eval(model: nn.Module) -> None:
         )
 
 
+@torch.inference_mode(False)
 def trace_model(model: nn.Module) -> TracedModel:
     """Traces a model.
 
@@ -152,8 +155,9 @@ def trace_model(model: nn.Module) -> TracedModel:
     """
     check_eval(model)
     signature = inspect.signature(model.forward)
-    if isinstance(model, torch.jit.ScriptModule):
-        return TracedModel(model, signature, "python", "", "TorchScript has no Python code")
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        reason = "TorchScript has no Python code"
+        return TracedModel(model, signature, "python", reason, reason)
     hooked = [path for path, part in model.named_modules() if path and own_hooks(part)]
     if hooked:
         reason = f"a hook on {hooked[0]!r} wants to be called"
@@ -175,8 +179,12 @@ def own_hooks(module: nn.Module) -> list[Any]:
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """A shadow whose call does not call the user's hooks on it."""
+    """A shadow to trace: its call calls no hook of the user's, and all tensors but the parameters
+    are its own, for fx runs what the model does with them alone, and it may write into them."""
     copied = shadow(model)
+    for module in copied.modules():
+        for held in (module.__dict__, module._buffers):
+            held.update({k: v.clone() for k, v in held.items() if isinstance(v, Tensor)})
     own = set(map(id, own_hooks(model)))
     for name in _HOOKS:
         hooks = getattr(copied, name)
@@ -225,12 +233,18 @@ State = dict[tuple[str, str], Any]
 def own_state(model: nn.Module) -> State:
     """What the modules of a model hold, by module and attribute; to be compared later."""
     return {
-        (path, name): copy.copy(value) if type(value) in _CONTAINERS else value
+        (path, name): _kept(value)
         for path, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)
-        for name, value in module.__dict__.items()
+        for name, value in (*module.__dict__.items(), *module._buffers.items())
         if name not in _computed_weights(module) and not name.startswith(LITERAL)
     }
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return [value, value._version]
+    return copy.copy(value) if type(value) in _CONTAINERS else value
 
 
 def _computed_weights(module: nn.Module) -> set[str]:
