@@ -10,8 +10,8 @@ for frame in video:
 from deltafx import errors, ops
 from deltafx.api import compile  # noqa: A004
 from deltafx.config import Config
+from deltafx.delta_regions import DeltaRegions
 from deltafx.module import DeltaModule
-from deltafx.regions import DeltaRegions
 from deltafx.stats import Explanation, NodeStats, Stats
 
 __version__ = "0.1.0"

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from deltafx.config import Config
+from deltafx.delta_regions import DeltaRegions
 from deltafx.errors import InvalidInputError, UntraceableError
 from deltafx.module import DeltaModule
 from deltafx.passes.trace_model import check_eval, own_hooks
-from deltafx.regions import DeltaRegions
 
 
 def compile(  # noqa: A001  the name that users of torch.compile look for

@@ -153,7 +153,9 @@ class RegionThresholds(MutableMapping[str, float]):
         regions = self._regions()
         if not regions:
             return iter(tuple(self._given))
-        return (joined(name, node) for name, region in regions.items() for node in region.thresholds)
+        return (
+            joined(name, node) for name, region in regions.items() for node in region.thresholds
+        )
 
     def __len__(self) -> int:
         """How many nodes truncate."""

@@ -19,7 +19,7 @@ import torch
 import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.immutable_collections import immutable_dict
 from torch.nn.utils.stateless import _reparametrize_module
@@ -98,6 +98,7 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
         raise UntraceableError(reason)
     gm = _with_weights(made, list(state), state)
     gm.meta["out_spec"] = out_specs[-1]
+    _unify_values(gm, mode)
     _drop_modes(gm)
     _name_nodes(gm)
     gm.meta["writes_inputs"] = _check_writes(gm, state)
@@ -109,6 +110,20 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _unify_values(gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+    """What the model makes of nothing (`arange`) comes with a fake mode of its own."""
+
+    def unify(val: Any) -> Any:
+        if not isinstance(val, FakeTensor) or val.fake_mode is mode:
+            return val
+        with mode:
+            return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+
+    for node in gm.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(unify, node.meta["val"])
 
 
 def _check_arguments(traced: TracedModel, flat: Sequence[Any]) -> None:
@@ -139,9 +154,17 @@ def _kind(arg: Any) -> str:
 def _run(traced: TracedModel, args: Any) -> Any:
     if traced.front_end == "fx":
         assert isinstance(traced.root, fx.GraphModule)
-        return _plain(fx.Interpreter(traced.root).run(*args))
+        return _plain(_Interpreter(traced.root).run(*args))
     with _module_stacks(traced.root):
         return traced.root(*args[:-1], **args[-1])
+
+
+class _Interpreter(fx.Interpreter):
+    """Hands over arguments as the model wrote them: its functions may write into a list."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Calls a function."""
+        return super().call_function(target, _plain(args), _plain(kwargs))
 
 
 @contextlib.contextmanager

@@ -179,8 +179,11 @@ def own_hooks(module: nn.Module) -> list[Any]:
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """A shadow to trace: its call calls no hook of the user's, and all tensors but the parameters
-    are its own, for fx runs what the model does with them alone, and it may write into them."""
+    """A shadow to trace.
+
+    Its call calls no hook of the user's. All tensors but the parameters are its own: fx runs what
+    the model does with them alone, and it may write into them.
+    """
     copied = shadow(model)
     for module in copied.modules():
         for held in (module.__dict__, module._buffers):
@@ -289,7 +292,7 @@ def _wrong_as_graph(graph: fx.Graph) -> str:
         if node.op == "call_module" or not node.op.startswith("call_"):
             continue
         by_value = name in _SIZES_BY_VALUE or (name == "where" and len(node.args) == 1)
-        if by_value or (node.target is operator.getitem and isinstance(node.args[1], fx.Node)):
+        if by_value or (node.target is operator.getitem and _may_be_mask(node.args[1])):
             return f"{name} makes a tensor whose size depends on values"
         packet = isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
         if packet and not str(node.target).startswith(("aten", "torchvision")):
@@ -302,6 +305,11 @@ def _wrong_as_graph(graph: fx.Graph) -> str:
             if isinstance(source, fx.Node) and source.op == "get_attr":
                 return f"the model writes into its own {source.target!r}"
     return ""
+
+
+def _may_be_mask(index: Any) -> bool:
+    indices = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(i, fx.Node) and i.op.startswith("call_") for i in indices)
 
 
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor"}

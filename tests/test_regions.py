@@ -89,7 +89,7 @@ def test_a_detector_of_parts():
 
 
 def test_every_call_has_its_own_state():
-    model, compiled = compiled_pyramid()
+    _, compiled = compiled_pyramid()
     x = torch.randn(1, 3, 16, 20)
     compiled(x)
     compiled(x)
@@ -110,7 +110,7 @@ def test_image_sizes_may_change():
 
 
 def test_multiply_adds_outside_of_the_regions_count():
-    model, compiled = compiled_pyramid()
+    _, compiled = compiled_pyramid()
     x = torch.randn(1, 3, 16, 20)
     found = compiled(x)
     outside = sum(len(level["keep"]) for level in found) * 2 * 3
@@ -330,9 +330,7 @@ def test_inputs(function, args, kwargs, regions):
     for x in clip(2, 3, 12, 14):
         named = {**kwargs, "x": x} if kwargs else {}
         with torch.no_grad():
-            assert torch.allclose(
-                compiled(*args(x), **named), model(*args(x), **named), atol=1e-5
-            )
+            assert torch.allclose(compiled(*args(x), **named), model(*args(x), **named), atol=1e-5)
     assert list(compiled.regions) == regions
     compiled.reset([1])
     assert compiled.stats().nodes
@@ -429,7 +427,7 @@ def test_hooks_are_called():
 
 
 def test_cut_outs_stay_dense():
-    """What runs on so many pieces of the picture has no streams; nor has what runs on any number."""
+    """What runs on many pieces of the picture has no streams; nor what runs on any number."""
 
     def function(m, x):
         y = m.body(x)

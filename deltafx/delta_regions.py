@@ -390,9 +390,7 @@ class DeltaRegions(nn.Module):
         return DeltaModule(part.module, dataclasses.replace(self.config, thresholds={}))
 
 
-def _fits(
-    part: Part, args: tuple[Any, ...], kwargs: dict[str, Any], frame: _Frame
-) -> bool:
+def _fits(part: Part, args: tuple[Any, ...], kwargs: dict[str, Any], frame: _Frame) -> bool:
     """Whether the maps of a call are those of the streams; the whole model's always are."""
     if not part.path:
         return True
