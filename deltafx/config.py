@@ -37,7 +37,7 @@ class Config:
         cuda_graph: Whether a frame on a CUDA device is launched as one CUDA graph.
     """
 
-    threshold: float = 0.095
+    threshold: float = 0.1
     input_threshold: float | None = None
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     policy: str = "rms"

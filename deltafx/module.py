@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +30,7 @@ from deltafx.errors import (
     UnknownNodeError,
     UntraceableError,
 )
+from deltafx.frame_calls import FrameCalls, is_delta_only
 from deltafx.passes.emit_instance import Instance, emit_instance
 from deltafx.passes.trace_model import TracedModel, trace_model
 from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, mask_name
@@ -53,6 +54,7 @@ class _Compiled:
     run: Callable[..., Any]
     attributes: SimpleNamespace  # the buffers again, for `run`: lookups are ten times faster here
     frames: int = 0
+    whole: bool = True  # the last frame ran to its end
     age: int = 0  # frames since the last refresh
     refreshing: bool = False
     thresholds: Tensor | None = None  # those of a frame that is no refresh
@@ -99,8 +101,7 @@ class DeltaModule(fx.GraphModule):
         ]
         self._held: list[Tensor | None] = []  # what the groups hold, to see replaced tensors
         self._weights: list[Tensor] = []
-        self._versioned: list[Tensor] = []
-        self._weights_seen: tuple[int, ...] = ()
+        self._weights_seen: int | None = None
         super().train(False)
 
     def recompile(self) -> Any:
@@ -131,7 +132,11 @@ class DeltaModule(fx.GraphModule):
             tensors = [a for a in pytree.tree_leaves(bound) if isinstance(a, Tensor)]
             self._calibrate_if_due(compiled)
             self._refresh_if_due(compiled)
+            if not compiled.whole:
+                _lose_state(compiled)
+            compiled.whole = False
             out = compiled.run(compiled.attributes, *tensors)
+            compiled.whole = True
             compiled.frames += 1
             self._calibrate_if_due(compiled)
             return pytree.tree_unflatten(list(out), compiled.instance.out_spec)
@@ -196,8 +201,7 @@ class DeltaModule(fx.GraphModule):
         if streams is None:
             for compiled in self._cache.values():
                 compiled.age = 0
-                for name in compiled.instance.plan.slots:
-                    compiled.buffers[acc_name(name)].fill_(float("nan"))
+                _lose_state(compiled)
             return
         if self._current is None:
             return
@@ -347,6 +351,8 @@ class DeltaModule(fx.GraphModule):
         run = type(self).run_graph  # type: ignore[attr-defined]
         if self.config.cuda_graph and instance.plan.device.type == "cuda":
             run = FrameGraph(run, self.graph, buffers)
+        elif instance.plan.device.type == "cpu" and is_delta_only(self.graph):
+            run = FrameCalls(self.graph, buffers)
         compiled = _Compiled(
             instance, buffers, self.graph, self.code, run, SimpleNamespace(**buffers)
         )
@@ -414,16 +420,17 @@ class DeltaModule(fx.GraphModule):
         if not (len(held) == len(self._held) and all(map(is_, held, self._held))):
             self._held = held
             self._weights = [t for t in held if t is not None]
-            # Inference tensors cannot be written to, and have no version.
-            self._versioned = [t for t in self._weights if not t.is_inference()]
-        seen = (*map(_VERSION, self._versioned), *map(Tensor.data_ptr, self._weights))
+        seen = torch.ops.deltafx.fingerprint(self._weights)
         if seen != self._weights_seen:
-            if self._weights_seen:
+            if self._weights_seen is not None:
                 self._forget()
             self._weights_seen = seen
 
 
-_VERSION = attrgetter("_version")
+def _lose_state(compiled: _Compiled) -> None:
+    """NaN differs from every value: the next frame rewrites every site."""
+    for name in compiled.instance.plan.slots:
+        compiled.buffers[acc_name(name)].fill_(float("nan"))
 
 
 def _signature(bound: tuple[Any, ...]) -> Signature:
