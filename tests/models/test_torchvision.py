@@ -12,9 +12,9 @@ import torchvision
 from torch import Tensor, nn
 
 import deltafx
-from deltafx.models_zoo import Preprocessing, calibrate_batch_norm, clip_path
-from deltafx.video import VideoReader
+from deltafx.models_zoo import calibrate_batch_norm
 from tests.exactness import Oracle
+from tests.models.footage import clip
 
 CLASSIFICATION = torchvision.models.list_models(module=torchvision.models)
 SEGMENTATION = torchvision.models.list_models(module=torchvision.models.segmentation)
@@ -60,17 +60,6 @@ def load(name: str, size: tuple[int, int]) -> nn.Module:
     return calibrate_batch_norm(
         model, torch.cat([clip("vtest", size, 2), clip("carphone", size, 2)])
     )
-
-
-def clip(name: str, size: tuple[int, int], count: int) -> Tensor:
-    """Frames [count, 3, H, W] of a shipped clip, as the models take them."""
-    frames = []
-    with VideoReader(str(clip_path(name)), size=size) as reader:
-        for frame in reader:
-            frames.append(Preprocessing()(frame).contiguous())
-            if len(frames) == count:
-                return torch.cat(frames)
-    raise AssertionError(f"{name} has fewer than {count} frames")
 
 
 def scene(size: tuple[int, int]) -> list[Tensor]:
