@@ -11,6 +11,7 @@ from deltafx import errors, ops
 from deltafx.api import compile  # noqa: A004
 from deltafx.backend import modules, register_backend, reset, stats
 from deltafx.config import Config
+from deltafx.delta_regions import DeltaRegions
 from deltafx.module import DeltaModule
 from deltafx.stats import Explanation, NodeStats, Stats
 
@@ -21,6 +22,7 @@ register_backend()
 __all__ = [
     "Config",
     "DeltaModule",
+    "DeltaRegions",
     "Explanation",
     "NodeStats",
     "Stats",

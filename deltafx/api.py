@@ -9,9 +9,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from deltafx.config import Config
-from deltafx.errors import InvalidInputError
+from deltafx.delta_regions import DeltaRegions
+from deltafx.errors import InvalidInputError, UntraceableError
 from deltafx.module import DeltaModule
 from deltafx.passes.captured_graph import capture_exported
+from deltafx.passes.trace_model import check_eval, own_hooks
 
 
 def compile(  # noqa: A001  the name that users of torch.compile look for
@@ -21,7 +23,7 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
     thresholds: Mapping[str, float] | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     **options: Any,
-) -> DeltaModule:
+) -> DeltaModule | DeltaRegions:
     """Compiles a CNN for video: call the result with the frames of a clip, one after another.
 
     Args:
@@ -41,23 +43,31 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
     0.139 (the JPEG's is 0.141). docs/performance.md has the alternatives.
 
     Returns:
-        A `DeltaModule`; call it as the model. The batch dimension holds independent streams.
+        A `DeltaModule`; call it as the model. The batch dimension holds independent streams. Of a
+        model that no one graph can stand for, such as a detector, a `DeltaRegions`, whose largest
+        traceable parts are; it is called and asked in the same way.
 
     Raises:
         InvalidOptionError: An option is unknown or out of its range.
-        InvalidInputError: `model` is neither a module nor an exported program, or the example
-            does not fit it.
+        InvalidInputError: `model` is neither a module nor an exported program, or
+            `example_inputs` is no tuple.
         TrainModeError: The model is in train mode.
     """
     config = Config.from_options({"threshold": threshold, "thresholds": thresholds, **options})
+    if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+        raise InvalidInputError(
+            "example_inputs must be a tuple of the model's arguments, such as (frame,), not "
+            f"{type(example_inputs).__name__}"
+        )
     if isinstance(model, ExportedProgram):
         model = capture_exported(model)
-    compiled = DeltaModule(model, config)
-    if example_inputs is not None:
-        if not isinstance(example_inputs, (tuple, list)):
-            raise InvalidInputError(
-                "example_inputs must be a tuple of the model's arguments, such as (frame,), not "
-                f"{type(example_inputs).__name__}"
-            )
-        compiled.prepare(*example_inputs)
-    return compiled
+    check_eval(model)
+    if not own_hooks(model):
+        compiled = DeltaModule(model, config)
+        try:
+            if compiled.traced_whole:
+                return compiled if example_inputs is None else compiled.prepare(*example_inputs)
+        except UntraceableError:
+            pass
+    regions = DeltaRegions(model, config)
+    return regions if example_inputs is None else regions.prepare(*example_inputs)

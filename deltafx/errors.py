@@ -1,7 +1,7 @@
 """Every error that deltafx raises on purpose.
 
-Each names what is wrong and what to do about it. Where a model fails on the shapes or dtypes that
-it is compiled for, its own exception is the cause of an `InvalidInputError`.
+Each names what is wrong and what to do about it. An exception that the user's model raises is none
+of these: it comes through as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ class InvalidInputError(DeltafxError, ValueError):
 
 class TrainModeError(DeltafxError, RuntimeError):
     """The model, or a part of it, is in train mode."""
+
+
+class UntraceableError(DeltafxError, RuntimeError):
+    """A model, or a part of it, that no graph can stand for; `deltafx.compile` then compiles parts.
+
+    It reaches a user only of a model that looked whole until its first frame; with
+    `example_inputs` that is found out in time.
+    """
 
 
 class UnknownNodeError(DeltafxError, KeyError):

@@ -23,7 +23,13 @@ from torch import Tensor, fx, nn
 from deltafx import calibration
 from deltafx.config import Config
 from deltafx.cuda_graph import FrameGraph
-from deltafx.errors import InvalidInputError, NotCompiledError, TrainModeError, UnknownNodeError
+from deltafx.errors import (
+    InvalidInputError,
+    NotCompiledError,
+    TrainModeError,
+    UnknownNodeError,
+    UntraceableError,
+)
 from deltafx.frame_calls import FrameCalls, is_delta_only
 from deltafx.frame_program import FrameProgram
 from deltafx.passes.emit_instance import Instance, emit_instance
@@ -90,7 +96,10 @@ class DeltaModule(fx.GraphModule):
         self._scales: dict[str, Tensor] = {}
         self._thresholds_hold = False
         self._weight_groups: list[dict[str, Any]] = [
-            group for m in model.modules() for group in (m._parameters, m._buffers) if group
+            group
+            for m in model.modules()
+            for group in (m._parameters, m._buffers)
+            if group and isinstance(group, dict)  # TorchScript's are none
         ]
         self._held: list[Tensor | None] = []  # what the groups hold, to see replaced tensors
         self._weights: list[Tensor] = []
@@ -116,11 +125,12 @@ class DeltaModule(fx.GraphModule):
             What the model returns, in tensors that later frames do not change.
 
         Raises:
-            InvalidInputError: The arguments do not fit the model.
+            InvalidInputError: The arguments are not those of the model's `forward`. What the model
+                itself raises on them comes through as it is.
+            UntraceableError: The model runs on them, and no graph can stand for it.
         """
         with torch.no_grad():
-            bound = self._traced.bind(args, kwargs)
-            compiled = self._prepare(bound)
+            bound, compiled = self._bind(args, kwargs)
             tensors = [a for a in pytree.tree_leaves(bound) if isinstance(a, Tensor)]
             self._calibrate_if_due(compiled)
             self._refresh_if_due(compiled)
@@ -134,11 +144,26 @@ class DeltaModule(fx.GraphModule):
             self._calibrate_if_due(compiled)
             return pytree.tree_unflatten(list(out), compiled.instance.out_spec)
 
+    @property
+    def traced_whole(self) -> bool:
+        """Whether one graph stands for the model at all its inputs."""
+        return self._traced.front_end != "python"
+
     def prepare(self, *args: Any, **kwargs: Any) -> DeltaModule:
         """Compiles for the signature of example arguments without running a frame."""
         with torch.no_grad():
-            self._prepare(self._traced.bind(args, kwargs))
+            self._bind(args, kwargs)
         return self
+
+    def admit(self, *args: Any, **kwargs: Any) -> Instance:
+        """Compiles for the signature of arguments, as `prepare` does, and tells what came of it.
+
+        Raises:
+            InvalidInputError: The arguments are not those of the model's `forward`.
+            UntraceableError: No graph can stand for the model on them, or it fails on them.
+        """
+        with torch.no_grad():
+            return self._prepare(self._traced.bind(args, kwargs)).instance
 
     def calibrate(self, frames: Iterable[Any]) -> None:
         """Sets the channel scales from frames, instead of from the first one seen.
@@ -147,14 +172,20 @@ class DeltaModule(fx.GraphModule):
             frames: Each an argument of the model, or a tuple of them. The state is reset after.
         """
         moments: dict[str, calibration.Moments] = {}
-        compiled = None
         for frame in frames:
             self(*(frame if isinstance(frame, tuple) else (frame,)))
-            compiled = self._current
-            assert compiled is not None
-            calibration.observe(moments, compiled.instance.plan, compiled.buffers)
-        if compiled is None:
+            self.observe(moments)
+        if not moments:
             raise InvalidInputError("calibrate needs at least one frame")
+        self.rescale(moments)
+
+    def observe(self, moments: dict[str, calibration.Moments]) -> None:
+        """Adds the maps of the last frame to the moments of the nodes."""
+        compiled = self._require()
+        calibration.observe(moments, compiled.instance.plan, compiled.buffers)
+
+    def rescale(self, moments: dict[str, calibration.Moments]) -> None:
+        """Sets the channel scales that moments tell, and resets the state."""
         self._scales = calibration.scales(moments, self.config.scale_floor)
         for entry in self._cache.values():
             calibration.apply(self._scales, entry.instance.plan, entry.buffers)
@@ -283,6 +314,20 @@ class DeltaModule(fx.GraphModule):
         # Moving or converting the model: the state is a cache, so it is dropped, not moved.
         self._forget()
         return super()._apply(fn, recurse)
+
+    def _bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], _Compiled]:
+        """The arguments in order, and what is compiled for them."""
+        bound = self._traced.bind(args, kwargs)
+        try:
+            return bound, self._prepare(bound)
+        except UntraceableError as error:
+            failure = error
+        # Whatever is wrong with the model or its arguments shows here, with its own traceback.
+        own = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+        self.model(*own[0], **own[1])
+        raise failure
 
     def _require(self) -> _Compiled:
         if self._current is None:

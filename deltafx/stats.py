@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 from deltafx.passes.emit_instance import Instance, NodeInfo
+from deltafx.thresholds import joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,20 @@ def make_stats(instance: Instance, counts: Sequence[Sequence[int]] | None) -> St
     )
 
 
+def join_stats(regions: Mapping[str, Stats], outside: int) -> Stats:
+    """The stats of a model of several regions, with the multiply-adds outside of them."""
+    return Stats(
+        nodes={
+            joined(name, node): found
+            for name, stats in regions.items()
+            for node, found in stats.nodes.items()
+        },
+        macs=sum(stats.macs for stats in regions.values()) + outside,
+        dense_macs=sum(stats.dense_macs for stats in regions.values()) + outside,
+        state_bytes=sum(stats.state_bytes for stats in regions.values()),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Explanation(Sequence[NodeInfo]):
     """The nodes of a compiled model; `str()` of it is a table.
@@ -108,7 +124,8 @@ class Explanation(Sequence[NodeInfo]):
     Attributes:
         nodes: In order.
         rewrites: How many rewrites each pass did.
-        front_end: `"fx"`, or `"python"` where fx could not trace the model.
+        front_end: `"fx"`; `"python"` where fx could not trace the model; `"parts"` where no one
+            graph can stand for it, and its parts were traced.
         note: Why it could not.
     """
 
@@ -151,3 +168,24 @@ class Explanation(Sequence[NodeInfo]):
         lines.append(f"rewrites: {rewrites}")
         lines.append(f"{100 * self.delta_share:.1f}% of the multiply-adds are in delta ops")
         return "\n".join(lines)
+
+
+def join_explanations(
+    regions: Mapping[str, Explanation], outside: Sequence[NodeInfo], note: str
+) -> Explanation:
+    """What there is to say of a model of several regions, and of what runs outside of them."""
+    nodes: list[NodeInfo] = []
+    rewrites: Counter[str] = Counter()
+    first = 0
+    for name, explained in regions.items():
+        rewrites.update(explained.rewrites)
+        nodes += [
+            dataclasses.replace(
+                node,
+                name=joined(name, node.name),
+                region=None if node.region is None else first + node.region,
+            )
+            for node in explained
+        ]
+        first = 1 + max((n.region for n in nodes if n.region is not None), default=-1)
+    return Explanation((*nodes, *outside), dict(rewrites), "parts", note)

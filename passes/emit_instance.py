@@ -69,6 +69,7 @@ class Instance:
         frame_inputs: Names of the encodes of the model's own inputs.
         counts: Rewrites by pass.
         out_spec: Builds the model's output of the graph's.
+        writes_inputs: Whether the model writes into its arguments; the graph does not.
     """
 
     graph: fx.Graph
@@ -78,6 +79,7 @@ class Instance:
     frame_inputs: tuple[str, ...]
     counts: dict[str, int]
     out_spec: pytree.TreeSpec
+    writes_inputs: bool
 
 
 def emit_instance(traced: TracedModel, config: Config, args: Sequence[Any]) -> Instance:
@@ -103,8 +105,9 @@ def _emit(gm: fx.GraphModule, config: Config) -> Instance:
         if node.target is encode and node.kwargs["x"].op == "placeholder"
     )
     return Instance(
-        graph, constants, context.plan, nodes, frame_inputs, context.counts, gm.meta["out_spec"]
-    )
+        graph, constants, context.plan, nodes, frame_inputs, context.counts, gm.meta["out_spec"],
+        gm.meta["writes_inputs"],
+    )  # fmt: skip
 
 
 def _describe(node: fx.Node, context: Context) -> NodeInfo:

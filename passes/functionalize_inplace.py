@@ -40,6 +40,12 @@ def functionalize_inplace(gm: fx.GraphModule) -> int:
     return count
 
 
+def written_roots(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes whose memory an in-place call writes into."""
+    roots = _alias_roots(gm)
+    return [roots[source] for node in gm.graph.nodes for source in _written(node)]
+
+
 def _written(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []

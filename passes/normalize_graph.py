@@ -9,24 +9,28 @@ to build the model's own output of the flat one.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
-from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.immutable_collections import immutable_dict
 from torch.nn.utils.stateless import _reparametrize_module
 
-from deltafx.errors import InvalidInputError, TrainModeError
+from deltafx.errors import TrainModeError, UntraceableError
 from deltafx.ops.base import arguments
 from deltafx.passes.context import identifier, rename
-from deltafx.passes.functionalize_inplace import functionalize_inplace
+from deltafx.passes.functionalize_inplace import functionalize_inplace, written_roots
 from deltafx.passes.insert_casts import autocast_state, insert_casts
-from deltafx.passes.trace_model import TracedModel
+from deltafx.passes.trace_model import LITERAL, TracedModel, changed, own_state
+from deltafx.results import CONSTANTS, flatten_result
 
 aten = torch.ops.aten
 
@@ -53,9 +57,11 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
         The graph module; see the module's docstring.
 
     Raises:
-        InvalidInputError: The model fails on such arguments; its own exception is the cause.
+        UntraceableError: No graph does what the model does on such arguments, be it that the model
+            itself fails on them; the exception that showed it is the cause.
     """
     flat, spec = pytree.tree_flatten(tuple(args))
+    _check_arguments(traced, flat)
     positions = [i for i, arg in enumerate(flat) if isinstance(arg, Tensor)]
     state = {**dict(traced.root.named_parameters()), **dict(traced.root.named_buffers())}
     state = {name: tensor.detach() for name, tensor in state.items()}
@@ -65,30 +71,42 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
         leaves = list(flat)
         for i, tensor in zip(positions, tensors, strict=True):
             leaves[i] = tensor
+        given = dict(weights)
         with _reparametrize_module(traced.root, weights), fx_traceback.preserve_node_meta():
             out = _run(traced, pytree.tree_unflatten(leaves, spec))
-        out_flat, out_spec = pytree.tree_flatten(out)
+        replaced = [name for name, tensor in weights.items() if tensor is not given[name]]
+        if replaced:
+            raise UntraceableError(f"the model replaces its own {replaced[0]!r}")
+        out_flat, out_spec = flatten_result(out)
         out_specs.append(out_spec)
         return out_flat
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     weights = {name: mode.from_tensor(t, static_shapes=True) for name, t in state.items()}
     tensors = [mode.from_tensor(flat[i].detach(), static_shapes=True) for i in positions]
-    with torch.no_grad():
+    before = own_state(traced.root)
+    with torch.no_grad(), _quiet():
         try:
             made = make_fx(run, pre_dispatch=True)(weights, tensors)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise InvalidInputError(
-                f"the model does not run on ({', '.join(map(_kind, flat))}): "
-                + str(error).split("\n")[0]
+        except UntraceableError:
+            raise
+        except Exception as error:
+            raise UntraceableError(
+                f"the model cannot be followed on ({', '.join(map(_kind, flat))}): "
+                + f"{type(error).__name__}: {error}".split("\n")[0]
             ) from error
+    reason = changed(before, own_state(traced.root))
+    if reason:
+        raise UntraceableError(reason)
     gm = _with_weights(made, list(state), state)
     gm.meta["out_spec"] = out_specs[-1]
+    _unify_values(gm, mode)
     if _drop_modes(gm) or any(autocast_state()):
         insert_casts(gm)
     if traced.front_end != "fx":
         _check_inference(gm)
     _name_nodes(gm)
+    gm.meta["writes_inputs"] = _check_writes(gm, state)
     functionalize_inplace(gm)
     drop_identities(gm)
     split_into_slices(gm)
@@ -97,6 +115,39 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _unify_values(gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+    """What the model makes of nothing (`arange`) comes with a fake mode of its own."""
+
+    def unify(val: Any) -> Any:
+        if not isinstance(val, FakeTensor) or val.fake_mode is mode:
+            return val
+        with mode:
+            return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+
+    for node in gm.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(unify, node.meta["val"])
+
+
+def _check_arguments(traced: TracedModel, flat: Sequence[Any]) -> None:
+    if traced.obstacle:
+        raise UntraceableError(traced.obstacle)
+    for arg in flat:
+        if not isinstance(arg, (Tensor, *CONSTANTS)):
+            raise UntraceableError(f"an argument is a {type(arg).__name__}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What a trial trace comes upon is told by the exception, not by torch's log."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def _kind(arg: Any) -> str:
@@ -108,19 +159,71 @@ def _kind(arg: Any) -> str:
 def _run(traced: TracedModel, args: Any) -> Any:
     if traced.front_end == "fx":
         assert isinstance(traced.root, fx.GraphModule)
-        return _plain(fx.Interpreter(traced.root).run(*args))
-    return traced.root(*args[:-1], **args[-1])
+        return _plain(_Interpreter(traced.root).run(*args))
+    with _module_stacks(traced.root):
+        return traced.root(*args[:-1], **args[-1])
+
+
+class _Interpreter(fx.Interpreter):
+    """Hands over arguments as the model wrote them: its functions may write into a list."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Calls a function."""
+        return super().call_function(target, _plain(args), _plain(kwargs))
+
+
+@contextlib.contextmanager
+def _module_stacks(root: nn.Module) -> Iterator[None]:
+    """Tells every node, as fx does, which modules' calls it is in."""
+    calls: list[tuple[str, type]] = []
+    handles = []
+
+    def tell() -> None:
+        stack = {f"{i}": call for i, call in enumerate(calls)}
+        fx_traceback.get_current_meta()["nn_module_stack"] = stack
+
+    for path, module in root.named_modules():
+        if not path or isinstance(module, torch.jit.ScriptModule):
+            continue
+
+        def enter(module: nn.Module, args: Any, path: str = path) -> None:
+            calls.append((path, type(module)))
+            tell()
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            calls.pop()
+            tell()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _plain(out: Any) -> Any:
     """A result without the immutable containers of fx."""
     if isinstance(out, dict):
-        return {key: _plain(item) for key, item in out.items()}
+        items = {key: _plain(item) for key, item in out.items()}
+        return items if type(out) is immutable_dict else type(out)(items)
     if isinstance(out, tuple) and hasattr(out, "_fields"):
         return type(out)(*map(_plain, out))
     if isinstance(out, (list, tuple)):
         return (list if isinstance(out, list) else tuple)(map(_plain, out))
     return out
+
+
+def _check_writes(gm: fx.GraphModule, state: dict[str, Tensor]) -> bool:
+    """Whether the model writes into its arguments; it must not write into its own tensors."""
+    inputs = False
+    for root in written_roots(gm):
+        name = str(root.target)
+        if root.op == "get_attr" and name in state and not name.startswith(LITERAL):
+            raise UntraceableError(f"the model writes into its own {name!r}")
+        inputs = inputs or root.op == "placeholder"
+    return inputs
 
 
 def _with_weights(

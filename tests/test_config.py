@@ -125,5 +125,5 @@ def test_an_example_that_does_not_fit():
         deltafx.compile(small(), example_inputs=())
     with pytest.raises(InvalidInputError, match="tuple"):
         deltafx.compile(small(), example_inputs=torch.zeros(1, 3, 8, 8))
-    with pytest.raises(InvalidInputError):
+    with pytest.raises(RuntimeError, match="5 channels"):  # the model's own error
         deltafx.compile(small(), example_inputs=(torch.zeros(1, 5, 8, 8),))

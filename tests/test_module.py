@@ -123,26 +123,83 @@ def test_a_dictionary_of_frames():
         exact_over(model, compiled, [(frames,)])
 
 
-BAD = [
+NO_ARGUMENTS = [
     ((), {}, "missing a required argument: 'x'"),
     ((torch.randn(1, 3, 8, 8), 1, 2), {}, "too many positional arguments"),
     ((torch.randn(1, 3, 8, 8),), {"size": 3}, "unexpected keyword argument 'size'"),
-    ((torch.randn(1, 4, 8, 8),), {}, r"\[1, 4, 8, 8\]"),
-    ((torch.randn(1, 3, 8, 8).double(),), {}, "float64"),
-    ((torch.randint(0, 9, (1, 3, 8, 8)),), {}, "int64"),
-    (("frame.png",), {}, "str"),
 ]
 
 
-@pytest.mark.parametrize(("args", "kwargs", "message"), BAD)
-@pytest.mark.parametrize("front_end", ["fx", "python"])
-def test_arguments_that_do_not_fit(args, kwargs, message, front_end):
-    model = Net(lambda m, x: m.b(m.a(x)) if front_end == "fx" else [m.b(m.a(r[None])) for r in x])
+@pytest.mark.parametrize(("args", "kwargs", "message"), NO_ARGUMENTS)
+def test_arguments_that_forward_does_not_have(args, kwargs, message):
+    model = Net(lambda m, x: m.b(m.a(x)))
     compiled = deltafx.compile(model, threshold=0)
     exact_over(model, compiled, clip(1, 3, 8, 8))
     with pytest.raises(InvalidInputError, match=message):
         compiled(*args, **kwargs)
     exact_over(model, compiled, clip(1, 3, 8, 8))
+
+
+BAD = [
+    torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8, 8).double(), torch.randint(0, 9, (1, 3, 8, 8)),
+    "frame.png", None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD, ids=["channels", "float64", "integers", "text", "none"])
+@pytest.mark.parametrize("front_end", ["fx", "python", "parts"])
+def test_what_the_model_raises_comes_through(bad, front_end):
+    def forward(m, x):
+        if front_end == "fx":
+            return m.b(m.a(x))
+        rows = [m.b(m.a(r[None])) for r in x]
+        return [r for r in rows if front_end == "python" or float(r.sum()) == float(r.sum())]
+
+    model = Net(forward)
+    compiled = deltafx.compile(model, threshold=0)
+    exact_over(model, compiled, clip(1, 3, 8, 8))
+    assert compiled.explain().front_end == front_end
+    with pytest.raises(Exception) as own:  # noqa: PT011  whatever torch says
+        model(bad)
+    with pytest.raises(type(own.value)) as ours:
+        compiled(bad)
+    assert str(ours.value) == str(own.value)
+    last = own.traceback[-1].frame.code.raw
+    assert any(entry.frame.code.raw is last for entry in ours.traceback)
+    assert ours.value.__cause__ is ours.value.__context__ is None
+    exact_over(model, compiled, clip(1, 3, 8, 8))
+
+
+class Picky(nn.Module):
+    """Raises an error of its own, on shapes or on values."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, on):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.on = on
+        self.eval()
+
+    def forward(self, x):
+        y = self.conv(x)
+        if (x.shape[2] if self.on == "shapes" else float(x.max())) > 100:
+            raise self.Error(x)
+        return y
+
+
+@pytest.mark.parametrize("on", ["shapes", "values"])
+def test_an_error_of_the_model_is_its_own(on):
+    model = Picky(on)
+    compiled = deltafx.compile(model, threshold=0)
+    good, bad = torch.rand(1, 3, 20, 20), 200 * torch.rand(1, 3, 120, 20)
+    for _ in range(2):
+        with pytest.raises(Picky.Error) as error:
+            compiled(bad)
+        assert error.traceback[-1].frame.code.raw is Picky.forward.__code__
+        assert error.value.__cause__ is error.value.__context__ is None
+        exact_over(model, compiled, [good, good])
 
 
 def test_what_is_known_only_after_compiling():

@@ -1,6 +1,7 @@
 """What a compiled model returns: the model's structures, in tensors that are safe to keep."""
 
-from collections import OrderedDict, namedtuple
+import dataclasses
+from collections import OrderedDict, defaultdict, namedtuple
 
 import pytest
 import torch
@@ -13,28 +14,70 @@ from tests.small_net import Net, clip, follows
 Pair = namedtuple("Pair", "left right")
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    maps: list
+    best: torch.Tensor
+    name: str = "none"
+
+    def __post_init__(self):
+        assert self.name
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda m, x: {"out": m.a(x), "more": [m.b(m.a(x)), (x, None, 3)]},
         lambda m, x: (m.a(x),),
-        lambda m, x: OrderedDict(z=m.a(x), a=x.relu()),
+        lambda m, x: OrderedDict(z=m.a(x), a=[x.relu(), OrderedDict(b=x)]),
+        lambda m, x: defaultdict(list, z=m.a(x), a=x.relu()),
         lambda m, x: Pair(m.a(x), [m.b(m.a(x))]),
         lambda m, x: [],
     ],
-    ids=["nested", "tuple", "ordered", "named tuple", "nothing"],
+    ids=["nested", "tuple", "ordered", "default", "named tuple", "nothing"],
 )
 def test_structures_of_outputs(function):
     model, x = Net(function), torch.randn(2, 3, 9, 10)
     compiled = deltafx.compile(model, threshold=0)
     expected, got = model(x), compiled(x)
     flat, spec = torch.utils._pytree.tree_flatten(got)
-    if isinstance(expected, OrderedDict):  # fx knows plain dictionaries only
-        expected = dict(expected)
     assert spec == torch.utils._pytree.tree_structure(expected)
     assert type(got) is type(expected)
     if flat:
         follows(model, 2, 3, 9, 10)
+
+
+@pytest.mark.parametrize("front_end", ["fx", "python"])
+def test_a_dataclass_comes_back(front_end):
+    def function(m, x):
+        y = m.a(x)
+        name = "fx" if front_end == "fx" else f"python, {len(list(y))}"
+        return {"found": [Found([y, (x, m.b(y))], y.relu(), name)]}
+
+    model = Net(function)
+    compiled = deltafx.compile(model, threshold=0)
+    for x in clip(2, 3, 9, 10):
+        expected, got = model(x)["found"][0], compiled(x)["found"][0]
+        assert type(got) is Found
+        assert got.name == expected.name
+        assert torch.allclose(got.best, expected.best, atol=1e-5)
+        assert torch.equal(got.maps[1][0], x)
+        assert torch.allclose(got.maps[1][1], expected.maps[1][1], atol=1e-5)
+    assert compiled.explain().front_end == front_end
+
+
+class Boxes:
+    def __init__(self, maps):
+        self.maps = maps
+
+
+def test_an_object_of_the_models_own_comes_back():
+    model = Net(lambda m, x: Boxes(m.b(m.a(x))))
+    compiled = deltafx.compile(model, threshold=0)
+    for x in clip(2, 3, 9, 10):
+        assert torch.allclose(compiled(x).maps, model(x).maps, atol=1e-5)
+    assert "returns a Boxes" in compiled.explain().note
+    assert compiled.explain().delta_share == 1.0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 import deltafx
 from tests.exactness import Oracle
 from tests.models.catalogue import all_cases
-from tests.models.frames import scene
+from tests.models.footage import scene
 
 CASES = all_cases()
 

@@ -11,7 +11,7 @@ import pytest
 import deltafx
 from tests.exactness import Oracle
 from tests.models.catalogue import CLASSIFICATION, SEGMENTATION, torchvision_cases
-from tests.models.frames import scene
+from tests.models.footage import scene
 
 CASES = {case.name: case for case in torchvision_cases()}
 

@@ -1,4 +1,4 @@
-"""Frames of the shipped clips, as the tests of whole models feed them."""
+"""Frames of the shipped clips, as models take them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from torch import Tensor
 from deltafx.models_zoo import Preprocessing, clip_path
 from deltafx.video import VideoReader
 
+PLAIN = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+"""For models that normalise inside: 0 to 1."""
 
-def clip(name: str, size: tuple[int, int], count: int) -> Tensor:
-    """Frames [count, 3, H, W] of a shipped clip, as the models take them."""
+
+def clip(
+    name: str, size: tuple[int, int], count: int, preprocessing: Preprocessing | None = None
+) -> Tensor:
+    """The first frames [count, 3, H, W] of a shipped clip, scaled to a size."""
+    preprocessing = preprocessing or Preprocessing()
     frames = []
     with VideoReader(str(clip_path(name)), size=size) as reader:
         for frame in reader:
-            frames.append(Preprocessing()(frame).contiguous())
+            frames.append(preprocessing(frame).contiguous())
             if len(frames) == count:
                 return torch.cat(frames)
     raise AssertionError(f"{name} has fewer than {count} frames")
