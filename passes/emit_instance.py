@@ -19,6 +19,7 @@ from deltafx.ops import delta_op, is_view
 from deltafx.ops.base import value
 from deltafx.ops.encode import encode
 from deltafx.passes import run_pipeline
+from deltafx.passes.compute_everywhere import compute_everywhere
 from deltafx.passes.context import Context
 from deltafx.passes.lower_ops import lower_ops
 from deltafx.passes.normalize_graph import normalize_graph
@@ -68,6 +69,8 @@ class Instance:
         frame_inputs: Names of the encodes of the model's own inputs.
         counts: Rewrites by pass.
         out_spec: Builds the model's output of the graph's.
+        everywhere: The graph for frames that changed nearly everywhere, over the same attributes;
+            `None` where there is no such branch.
     """
 
     graph: fx.Graph
@@ -77,6 +80,7 @@ class Instance:
     frame_inputs: tuple[str, ...]
     counts: dict[str, int]
     out_spec: pytree.TreeSpec
+    everywhere: fx.Graph | None = None
 
 
 def emit_instance(traced: TracedModel, config: Config, args: Sequence[Any]) -> Instance:
@@ -86,6 +90,11 @@ def emit_instance(traced: TracedModel, config: Config, args: Sequence[Any]) -> I
     run_pipeline(gm, context)
     graph, constants = lower_ops(gm, context)
     verify(graph, "lowered", context.plan)
+    everywhere = None
+    if config.dense_above < 1 and config.cuda_graph and context.plan.device.type == "cuda":
+        everywhere, weights = compute_everywhere(gm, graph)
+        constants |= weights
+        verify(everywhere, "lowered", context.plan)
     nodes = tuple(
         _describe(node, context)
         for node in gm.graph.nodes
@@ -97,8 +106,9 @@ def emit_instance(traced: TracedModel, config: Config, args: Sequence[Any]) -> I
         if node.target is encode and node.kwargs["x"].op == "placeholder"
     )
     return Instance(
-        graph, constants, context.plan, nodes, frame_inputs, context.counts, gm.meta["out_spec"]
-    )
+        graph, constants, context.plan, nodes, frame_inputs, context.counts, gm.meta["out_spec"],
+        everywhere,
+    )  # fmt: skip
 
 
 def _describe(node: fx.Node, context: Context) -> NodeInfo:
