@@ -35,6 +35,10 @@ class Config:
         max_states: How many states (one for each shape, dtype and device of the input) are kept;
             the least recently used is dropped.
         cuda_graph: Whether a frame on a CUDA device is launched as one CUDA graph.
+        dense_above: In such a graph, the share of the input's squares of 16x16 sites that must have
+            changed for a frame to be computed everywhere, convolutions by cuDNN; 1 is never. It is
+            the same function of the same state by other kernels. All streams of a batch share
+            the choice, so with it their last bits, and what is truncated, may depend on each other.
     """
 
     threshold: float = 0.1
@@ -46,6 +50,7 @@ class Config:
     scale_floor: float = 0.05
     max_states: int = 4
     cuda_graph: bool = True
+    dense_above: float = 0.5
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -69,6 +74,9 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidOptionError(f"{name} must be an int >= {least}, not {value!r}")
+        share = self.dense_above
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise InvalidOptionError(f"dense_above must be in [0, 1], not {share!r}")
         floor = self.scale_floor
         if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor <= 1:
             raise InvalidOptionError(f"scale_floor must be in (0, 1], not {floor!r}")

@@ -1,16 +1,28 @@
-"""A frame as one CUDA graph launch.
+"""A frame as one CUDA graph launch, with branches that the device chooses.
 
-Enters: the lowered graph with its tensors, on a CUDA device. Leaves: a callable in place of the
+    clear masks -> encode the frame -> how much of it changed?
+        nothing   -> done
+        something -> the lowered graph
+        the most  -> the graph that computes every convolution everywhere
+
+Enters: the lowered graphs with their tensors, on a CUDA device. Leaves: a callable in place of the
 graph's own function, which costs a launch instead of hundreds. The first frames run without one,
 so that everything that is set up once is; then one is captured. Frames are copied into memory that
 the graph reads, results out of memory that it writes. Nothing waits for the device.
 
+All branches are evaluations of the same function on the same state, which each leaves valid: so a
+frame may take any branch, whatever the frames before it took, and the choice is one of cost alone.
+
 Where a frame cannot be captured (a dense op that synchronizes, or whose work depends on values),
-the frames go on without a graph, and a `CudaGraphWarning` says so once.
+the frames go on without a graph, and a `CudaGraphWarning` says so once. Where only the branches
+cannot (a runtime without conditional nodes), the graph is the lowered graph for every frame, and
+`describe` says so.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,8 +31,15 @@ import torch
 from torch import Tensor, fx
 
 from deltafx.errors import CudaGraphWarning
+from deltafx.state import COUNTS, NOT_FINITE
 
 WARM_UP_FRAMES = 2
+
+BRANCHES = ("delta", "dense", "nothing")
+"""By their number in csrc/cuda/branch.h."""
+
+MOST_INPUTS = 8
+"""kMostInputs there."""
 
 
 class FrameGraph:
@@ -28,23 +47,39 @@ class FrameGraph:
 
     Attributes:
         failure: Why there is no graph, once that is known to be impossible; else `None`.
+        no_branches: Why the graph has no branches, where it has none; else `None`.
     """
 
     def __init__(
-        self, eager: Callable[..., Any], graph: fx.Graph, tensors: Mapping[str, Tensor]
+        self,
+        eager: Callable[..., Any],
+        graph: fx.Graph,
+        everywhere: fx.Graph | None,
+        tensors: Mapping[str, Tensor],
+        dense_above: float,
     ) -> None:
         """Nothing is captured yet.
 
         Args:
             eager: `eager(module, *inputs)` runs a frame without a CUDA graph.
             graph: What it runs.
-            tensors: The attributes of `graph`.
+            everywhere: The same frame with all convolutions computed everywhere; or `None`.
+            tensors: The attributes of both.
+            dense_above: The share of the input's squares that must have changed for that.
         """
+        device = next(iter(tensors.values())).device
+        # The choice, the flag below, and what the device counts with; see csrc/cuda/branch.h.
+        self._state = torch.zeros(4, dtype=torch.int32, device=device)
         self.failure: str | None = None
+        self.no_branches: str | None = None
         self._eager = eager
-        self._frame = fx.GraphModule(dict(tensors), without_output_copies(graph))
+        self._parts = split_frame(without_output_copies(graph))
+        self._everywhere = everywhere and split_frame(without_output_copies(everywhere)).body
+        self._tensors = {**tensors, NOT_FINITE: self._state[1:2]}
+        self._dense_above = dense_above
         self._frames = 0
         self._captured: torch.cuda.CUDAGraph | None = None
+        self._bodies: list[torch.cuda.CUDAGraph] = []  # whose memory the captured graph uses
         self._inputs: list[Tensor] = []
         self._outputs: list[Any] = []
 
@@ -53,13 +88,37 @@ class FrameGraph:
         """Whether frames are launched as a graph."""
         return self._captured is not None
 
+    @property
+    def has_branches(self) -> bool:
+        """Whether the device chooses what a frame runs."""
+        return self.captured and self.no_branches is None
+
+    def branch(self) -> str:
+        """What the last frame ran, one of `BRANCHES`; waits for the device."""
+        return BRANCHES[int(self._state[0])] if self.has_branches else "delta"
+
+    def describe(self) -> str:
+        """How frames run, in words for the user."""
+        if self.failure is not None:
+            return f"one operator after another: {self.failure}"
+        if not self.captured:
+            return f"one operator after another; a CUDA graph after {WARM_UP_FRAMES} frames"
+        if self.no_branches is not None:
+            return f"one CUDA graph, the same for every frame: {self.no_branches}"
+        text = "one CUDA graph"
+        if self._parts.may_skip:
+            text += "; nothing beyond the comparison where the input did not change"
+        if self._everywhere is not None:
+            share = f"{100 * self._dense_above:.0f}%"
+            text += f"; convolutions by cuDNN where more than {share} of the input changed"
+        return text
+
     def __call__(self, module: Any, *inputs: Tensor) -> Any:
         """Runs a frame; takes and returns what `eager` does."""
-        self._frames += 1
         if self._captured is None:
-            if self.failure is not None or self._frames <= WARM_UP_FRAMES:
-                return self._eager(module, *inputs)
-            self._capture(inputs)
+            self._frames += 1
+            if self.failure is None and self._frames > WARM_UP_FRAMES:
+                self._capture(inputs)
             if self._captured is None:
                 return self._eager(module, *inputs)
         for own, given in zip(self._inputs, inputs, strict=True):
@@ -72,19 +131,73 @@ class FrameGraph:
         if not all(t.is_cuda for t in inputs):
             self._fail("an input is not on the CUDA device")
             return
-        # A stream of its own, so that nothing else is captured; memory of its own, so that no other
-        # model's frames lie in it.
-        graph = torch.cuda.CUDAGraph()
+        # A capture that fails leaves its stream the current one.
+        current = torch.cuda.stream(torch.cuda.current_stream())
+        with current, torch.inference_mode(False), torch.no_grad():
+            self._inputs = [t.clone(memory_format=torch.preserve_format) for t in inputs]
+            try:
+                if 1 <= len(self._parts.masks) <= MOST_INPUTS:
+                    self._capture_branches()
+                else:
+                    self.no_branches = (
+                        f"{len(self._parts.masks)} of the model's inputs are compared with the "
+                        f"last frame; 1 to {MOST_INPUTS} could be"
+                    )
+                    self._capture_whole()
+            except RuntimeError as error:
+                torch.cuda.synchronize()
+                self._fail(_reason(error))
+
+    def _capture_whole(self) -> None:
+        self._bodies = []
+        head, body = self._runner(self._parts.head), self._runner(self._parts.body)
+
+        def frame() -> Any:
+            head()
+            return body()
+
+        self._captured, self._outputs = _record(frame)
+
+    def _capture_branches(self) -> None:
+        """Captures the branches, then what comes before them; see csrc/cuda/branch.h."""
+        delta, outputs = _record(self._runner(self._parts.body), keep_graph=True)
+        self._bodies = [delta]
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                own = [t.clone(memory_format=torch.preserve_format) for t in inputs]
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    outputs = list(self._frame(*own))
+            if self._everywhere is not None:
+                self._bodies.append(self._record_everywhere(outputs))
+            masks = [self._tensors[name] for name in self._parts.masks]
+            bodies = [body.raw_cuda_graph() for body in self._bodies]
+            head = self._runner(self._parts.head)
+
+            def frame() -> list[Any]:
+                self._tensors[COUNTS].zero_()  # of nodes that a branch does not run
+                head()
+                torch.ops.deltafx.branch(
+                    self._state, masks, self._parts.may_skip, self._dense_above, bodies
+                )
+                return outputs
+
+            self._captured, self._outputs = _record(frame, pool=delta.pool())
         except RuntimeError as error:
             torch.cuda.synchronize()
-            self._fail(str(error).strip().splitlines()[0])
-            return
-        self._captured, self._inputs, self._outputs = graph, own, outputs
+            self.no_branches = _reason(error)
+            self._capture_whole()
+
+    def _record_everywhere(self, outputs: list[Any]) -> torch.cuda.CUDAGraph:
+        assert self._everywhere is not None
+        run = self._runner(self._everywhere)
+        run()  # cuDNN chooses its algorithms
+
+        def body() -> None:
+            for own, other in zip(outputs, run(), strict=True):
+                if isinstance(own, Tensor) and own.data_ptr() != other.data_ptr():
+                    own.copy_(other)
+
+        return _record(body, keep_graph=True, pool=self._bodies[0].pool())[0]
+
+    def _runner(self, graph: fx.Graph) -> Callable[[], Any]:
+        """What runs a graph on the inputs' own memory."""
+        return functools.partial(fx.GraphModule(self._tensors, graph), *self._inputs)
 
     def _fail(self, reason: str) -> None:
         self.failure = reason
@@ -93,6 +206,78 @@ class FrameGraph:
             CudaGraphWarning,
             stacklevel=2,
         )
+
+
+def _record(
+    run: Callable[[], Any], *, keep_graph: bool = False, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Captures what `run` enqueues; returns the graph, and what `run` returned."""
+    # A stream of its own, so that nothing else is captured; memory of its own, so that no other
+    # model's frames lie in it.
+    graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        returned = run()
+    return graph, returned
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameParts:
+    """A frame in two graphs over the same inputs and attributes.
+
+    Attributes:
+        head: Clears the masks, and compares the model's inputs with their accumulators.
+        body: All else.
+        masks: The attributes that hold the update masks of the inputs.
+        may_skip: Whether the body has nothing to do where they are empty: it reads no input itself.
+    """
+
+    head: fx.Graph
+    body: fx.Graph
+    masks: tuple[str, ...]
+    may_skip: bool
+
+
+def split_frame(graph: fx.Graph) -> FrameParts:
+    """Splits a lowered graph behind the comparisons of its inputs."""
+    encodes = [n for n in graph.nodes if _encodes_input(n)]
+    return FrameParts(
+        head=_part(graph, in_head=True),
+        body=_part(graph, in_head=False),
+        masks=tuple(str(n.args[_MASK].target) for n in encodes),
+        may_skip=all(
+            _encodes_input(user) for n in graph.nodes if n.op == "placeholder" for user in n.users
+        ),
+    )
+
+
+_MASK, _X = (
+    [a.name for a in torch.ops.deltafx.encode.default._schema.arguments].index(name)
+    for name in ("mask", "x")
+)
+
+
+def _encodes_input(node: fx.Node) -> bool:
+    encodes = node.target is torch.ops.deltafx.encode.default
+    return encodes and node.args[_X].op == "placeholder"  # type: ignore[union-attr]
+
+
+def _part(graph: fx.Graph, *, in_head: bool) -> fx.Graph:
+    made = fx.Graph()
+    made.output(made.graph_copy(graph, {}))
+    if in_head:
+        next(iter(reversed(made.nodes))).args = ((),)
+    for node in reversed(made.nodes):
+        first = node.target is torch.ops.deltafx.clear_masks.default or _encodes_input(node)
+        if node.op == "call_function" and first != in_head:
+            made.erase_node(node)
+    for node in list(made.nodes):
+        if node.op == "get_attr" and not node.users:
+            made.erase_node(node)
+    return made
 
 
 def without_output_copies(graph: fx.Graph) -> fx.Graph:

@@ -101,8 +101,8 @@ class DeltaModule(fx.GraphModule):
             for group in (m._parameters, m._buffers)
             if group and isinstance(group, dict)  # TorchScript's are none
         ]
-        self._held: list[Tensor | None] = []  # what the groups hold, to see replaced tensors
-        self._weights: list[Tensor] = []
+        self._held: list[Any] = [None, *_END]  # what the groups hold, to see replaced tensors
+        self._watch: Any = None  # over those that are tensors
         self._weights_seen: int | None = None
         super().train(False)
 
@@ -218,14 +218,18 @@ class DeltaModule(fx.GraphModule):
         """What the last frame cost: density, FLOP fraction and bytes, per node and in all."""
         compiled = self._require()
         counts = compiled.buffers[COUNTS].tolist() if compiled.frames else None
-        return make_stats(compiled.instance, counts)
+        run = compiled.run
+        branch = run.branch() if isinstance(run, FrameGraph) else "delta"
+        return make_stats(compiled.instance, counts, branch)
 
     def explain(self) -> Explanation:
         """Every node: delta, view or dense, and why."""
         compiled = self._require()
+        run = compiled.run
+        frames = run.describe() if isinstance(run, FrameGraph) else "one operator after another"
         return Explanation(
             compiled.instance.nodes, compiled.instance.counts, self._traced.front_end,
-            self._traced.reason,
+            self._traced.reason, frames,
         )  # fmt: skip
 
     def state_bytes(self, *args: Any, **kwargs: Any) -> int:
@@ -371,7 +375,7 @@ class DeltaModule(fx.GraphModule):
         self.graph = instance.graph
         run = type(self).run_graph  # type: ignore[attr-defined]
         if self.config.cuda_graph and instance.plan.device.type == "cuda":
-            run = FrameGraph(run, self.graph, buffers)
+            run = FrameGraph(run, self.graph, instance.everywhere, buffers, self.config.dense_above)
         elif instance.plan.device.type == "cpu" and is_delta_only(self.graph):
             run = FrameCalls(self.graph, buffers)
         compiled = _Compiled(
@@ -437,15 +441,20 @@ class DeltaModule(fx.GraphModule):
 
     def _follow_weights(self) -> None:
         """Drops everything that was made of weights which have changed since."""
-        held = list(chain.from_iterable(map(dict.values, self._weight_groups)))
-        if not (len(held) == len(self._held) and all(map(is_, held, self._held))):
-            self._held = held
-            self._weights = [t for t in held if t is not None]
-        seen = torch.ops.deltafx.fingerprint(self._weights)
+        held = chain.from_iterable(map(dict.values, self._weight_groups))
+        if not all(map(is_, chain(held, _END), self._held)):
+            self._held = [*chain.from_iterable(map(dict.values, self._weight_groups)), *_END]
+            weights = [t for t in self._held if isinstance(t, Tensor)]
+            self._watch = torch.classes.deltafx.WeightWatch(weights)
+        seen = self._watch.fingerprint()
         if seen != self._weights_seen:
             if self._weights_seen is not None:
                 self._forget()
             self._weights_seen = seen
+
+
+_END = (object(),)
+"""So that lists of other lengths differ as well."""
 
 
 def _lose_state(compiled: _Compiled) -> None:

@@ -77,6 +77,8 @@ class StatePlan:
 
 
 MASKS, COUNTS, THRESHOLDS, SCALES = "masks", "counts", "thresholds_", "inv_scales"
+NOT_FINITE = "not_finite"
+"""By which a frame that is computed everywhere tells of infinities and NaNs; not in the plan."""
 
 
 def allocate(plan: StatePlan) -> dict[str, Tensor]:

@@ -56,12 +56,16 @@ class Stats:
         macs: Multiply-adds done, dense nodes included.
         dense_macs: Multiply-adds of the dense model.
         state_bytes: Of the whole state.
+        branch: `"delta"`: computed at the candidates; `"dense"`: so much of the input changed that
+            convolutions were computed everywhere; `"nothing"`: the input did not change. The last
+            two are for CUDA graphs; without one it is always the first.
     """
 
     nodes: dict[str, NodeStats]
     macs: int
     dense_macs: int
     state_bytes: int
+    branch: str = "delta"
 
     @property
     def density(self) -> float:
@@ -76,7 +80,9 @@ class Stats:
         return self.macs / self.dense_macs if self.dense_macs else 0.0
 
 
-def make_stats(instance: Instance, counts: Sequence[Sequence[int]] | None) -> Stats:
+def make_stats(
+    instance: Instance, counts: Sequence[Sequence[int]] | None, branch: str = "delta"
+) -> Stats:
     """Stats of the rows of the counters; of no work at all, where there was no frame."""
     rows = dict(zip(instance.plan.nodes, counts or [], strict=False))
     slot_bytes = instance.plan.bytes_by_slot()
@@ -100,6 +106,7 @@ def make_stats(instance: Instance, counts: Sequence[Sequence[int]] | None) -> St
         macs=sum(n.macs for n in nodes.values()) + dense,
         dense_macs=sum(n.dense_macs for n in nodes.values()) + dense,
         state_bytes=instance.plan.bytes(),
+        branch=branch,
     )
 
 
@@ -127,12 +134,14 @@ class Explanation(Sequence[NodeInfo]):
         front_end: `"fx"`; `"python"` where fx could not trace the model; `"parts"` where no one
             graph can stand for it, and its parts were traced.
         note: Why it could not.
+        frames: How a frame is run.
     """
 
     nodes: tuple[NodeInfo, ...]
     rewrites: dict[str, int]
     front_end: str
     note: str
+    frames: str
 
     def __getitem__(self, i: int) -> NodeInfo:  # type: ignore[override]
         """A node by its position."""
@@ -166,6 +175,7 @@ class Explanation(Sequence[NodeInfo]):
         rewrites = ", ".join(f"{name} {count}" for name, count in self.rewrites.items())
         lines.append(f"traced by {self.front_end}{': ' + self.note if self.note else ''}")
         lines.append(f"rewrites: {rewrites}")
+        lines.append(f"a frame is {self.frames}")
         lines.append(f"{100 * self.delta_share:.1f}% of the multiply-adds are in delta ops")
         return "\n".join(lines)
 

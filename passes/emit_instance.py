@@ -19,6 +19,7 @@ from deltafx.ops import delta_op, is_view
 from deltafx.ops.base import value
 from deltafx.ops.encode import encode
 from deltafx.passes import run_pipeline
+from deltafx.passes.compute_everywhere import compute_everywhere
 from deltafx.passes.context import Context
 from deltafx.passes.insert_casts import no_autocast
 from deltafx.passes.lower_ops import lower_ops
@@ -70,6 +71,8 @@ class Instance:
         counts: Rewrites by pass.
         out_spec: Builds the model's output of the graph's.
         writes_inputs: Whether the model writes into its arguments; the graph does not.
+        everywhere: The graph for frames that changed nearly everywhere, over the same attributes;
+            `None` where there is no such branch.
     """
 
     graph: fx.Graph
@@ -80,6 +83,7 @@ class Instance:
     counts: dict[str, int]
     out_spec: pytree.TreeSpec
     writes_inputs: bool
+    everywhere: fx.Graph | None = None
 
 
 def emit_instance(traced: TracedModel, config: Config, args: Sequence[Any]) -> Instance:
@@ -94,6 +98,11 @@ def _emit(gm: fx.GraphModule, config: Config) -> Instance:
     run_pipeline(gm, context)
     graph, constants = lower_ops(gm, context)
     verify(graph, "lowered", context.plan)
+    everywhere = None
+    if config.dense_above < 1 and config.cuda_graph and context.plan.device.type == "cuda":
+        everywhere, weights = compute_everywhere(gm, graph)
+        constants |= weights
+        verify(everywhere, "lowered", context.plan)
     nodes = tuple(
         _describe(node, context)
         for node in gm.graph.nodes
@@ -107,6 +116,7 @@ def _emit(gm: fx.GraphModule, config: Config) -> Instance:
     return Instance(
         graph, constants, context.plan, nodes, frame_inputs, context.counts, gm.meta["out_spec"],
         gm.meta["writes_inputs"],
+        everywhere,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The option --device, the markers, and a seed for every test."""
+"""The option --device, the markers, and the same conditions for every test."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device(request):
     return torch.device(request.config.getoption("--device"))
 
@@ -27,3 +27,12 @@ def device(request):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """Convolutions in fp32 are that, and not tf32, unless a test says otherwise."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before

@@ -26,8 +26,9 @@ class Scene:
     seed: int
 
     def frames(
-        self, streams: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-    ) -> Iterator[tuple[str, Tensor]]:
+        self, streams: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
         """The events with their frames [N, C, H, W]; a NaN lasts for its frame only."""
         random = torch.Generator().manual_seed(self.seed)
 
@@ -35,7 +36,7 @@ class Scene:
             return torch.randn(size, generator=random)
 
         frame = noise(streams, *shape)
-        yield "cut", frame.to(dtype)
+        yield "cut", frame.to(device, dtype)
         for event in self.events:
             frame = frame.clone()
             shown = frame
@@ -51,7 +52,7 @@ class Scene:
             elif event == "nan":
                 shown = frame.clone()
                 shown[-1, :, box[0], box[1]] = float("nan")
-            yield event, shown.to(dtype)
+            yield event, shown.to(device, dtype)
 
 
 @st.composite

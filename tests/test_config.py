@@ -63,7 +63,10 @@ def test_the_input_threshold_is_for_the_input():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"treshold": 1}, "unknown option 'treshold'; the options are cuda_graph, input_block,"),
+        (
+            {"treshold": 1},
+            "unknown option 'treshold'; the options are cuda_graph, dense_above, input_block,",
+        ),
         ({"threshold": -0.1}, "threshold must be finite and >= 0, not -0.1"),
         ({"threshold": math.nan}, "threshold must be finite"),
         ({"threshold": "high"}, "threshold must be a number, not 'high'"),
@@ -81,6 +84,8 @@ def test_the_input_threshold_is_for_the_input():
         ({"max_states": 0}, "max_states must be an int >= 1"),
         ({"refresh_every": -1}, "refresh_every must be an int >= 0, not -1"),
         ({"refresh_every": 2.0}, "refresh_every must be an int >= 0"),
+        ({"dense_above": 1.5}, r"dense_above must be in \[0, 1\], not 1.5"),
+        ({"dense_above": True}, r"dense_above must be in \[0, 1\], not True"),
     ],
 )
 def test_options_out_of_range(options, message):

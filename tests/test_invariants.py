@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,12 +42,14 @@ def examples(count: int) -> settings:
 Made = tuple[Net, tuple[int, int, int]]
 
 
-def check_exact(made: Made, scene: Scene, streams: int, dtype: torch.dtype) -> None:
+def check_exact(
+    made: Made, scene: Scene, streams: int, dtype: torch.dtype, device: torch.device, **options: Any
+) -> None:
     """I1, and I3: whatever the state held before, and no work for a static frame."""
-    net, shape = made[0].to(dtype), made[1]
-    compiled = deltafx.compile(net, threshold=0)
+    net, shape = made[0].to(device, dtype), made[1]
+    compiled = deltafx.compile(net, threshold=0, **options)
     oracle = Oracle(net)
-    for i, (event, frame) in enumerate(scene.frames(streams, shape, dtype)):
+    for i, (event, frame) in enumerate(scene.frames(streams, shape, dtype, device)):
         if i and event == "reset":
             compiled.reset()
         elif i and event == "reset stream":
@@ -64,28 +68,32 @@ def check_exact(made: Made, scene: Scene, streams: int, dtype: torch.dtype) -> N
 
 @given(made=nets(), scene=scenes(), streams=st.integers(1, 3))
 @examples(40)
-def test_exact_at_zero(made: Made, scene: Scene, streams: int) -> None:
-    check_exact(made, scene, streams, torch.float32)
+def test_exact_at_zero(made: Made, scene: Scene, streams: int, device: torch.device) -> None:
+    check_exact(made, scene, streams, torch.float32, device)
 
 
 @given(made=nets(), scene=scenes(), streams=st.integers(1, 2))
 @examples(15)
-def test_exact_at_zero_bf16(made: Made, scene: Scene, streams: int) -> None:
-    check_exact(made, scene, streams, torch.bfloat16)
+def test_exact_at_zero_bf16(made: Made, scene: Scene, streams: int, device: torch.device) -> None:
+    check_exact(made, scene, streams, torch.bfloat16, device)
 
 
 @pytest.mark.slow
 @given(made=nets(), scene=scenes(), streams=st.integers(1, 3))
 @examples(500)
-def test_exact_at_zero_over_many_nets(made: Made, scene: Scene, streams: int) -> None:
-    check_exact(made, scene, streams, torch.float32)
+def test_exact_at_zero_over_many_nets(
+    made: Made, scene: Scene, streams: int, device: torch.device
+) -> None:
+    check_exact(made, scene, streams, torch.float32, device)
 
 
 @pytest.mark.slow
 @given(made=nets(), scene=scenes(), streams=st.integers(1, 2))
 @examples(200)
-def test_exact_at_zero_bf16_over_many_nets(made: Made, scene: Scene, streams: int) -> None:
-    check_exact(made, scene, streams, torch.bfloat16)
+def test_exact_at_zero_bf16_over_many_nets(
+    made: Made, scene: Scene, streams: int, device: torch.device
+) -> None:
+    check_exact(made, scene, streams, torch.bfloat16, device)
 
 
 def raised_graph(compiled: deltafx.DeltaModule, frame: torch.Tensor) -> fx.GraphModule:
@@ -137,16 +145,17 @@ def norms(change: torch.Tensor, policy: str, block: int) -> torch.Tensor:
 
 
 def check_bounded(
-    made: Made, scene: Scene, threshold: float, policy: str, block: int, dtype: torch.dtype
-) -> None:
-    net, shape = made[0].to(dtype), made[1]
+    made: Made, scene: Scene, threshold: float, policy: str, block: int, dtype: torch.dtype,
+    device: torch.device, **options: Any,
+) -> None:  # fmt: skip
+    net, shape = made[0].to(device, dtype), made[1]
     compiled = deltafx.compile(
         net, threshold=threshold, input_threshold=threshold / 2, policy=policy, input_block=block,
-        refresh_every=scene.seed % 4,
+        refresh_every=scene.seed % 4, **options,
     )  # fmt: skip
     gm = None
     with torch.no_grad():
-        for event, frame in scene.frames(2, shape, dtype):
+        for event, frame in scene.frames(2, shape, dtype, device):
             if event == "reset":
                 compiled.reset()
             elif event == "reset stream":
@@ -160,7 +169,7 @@ def check_bounded(
                     continue
                 acc = compiled.accumulator(node.name).double()
                 assert acc.isfinite().all() or not exact.isfinite().all(), node.name
-                t, scale = 0.0, torch.ones(acc.shape[1], dtype=torch.float64)
+                t, scale = 0.0, torch.ones(acc.shape[1], dtype=torch.float64, device=device)
                 if node.meta["truncates"]:
                     t = compiled.thresholds[node.name]
                     scale = compiled.state_tensors()[f"inv_scale_{node.name}"].double()
@@ -182,9 +191,11 @@ POLICIES = st.sampled_from(["rms", "max"])
     block=st.sampled_from([1, 3, 8]),
 )  # fmt: skip
 @examples(25)
-def test_bounded(made: Made, scene: Scene, threshold: float, policy: str, block: int) -> None:
+def test_bounded(
+    made: Made, scene: Scene, threshold: float, policy: str, block: int, device: torch.device
+) -> None:
     """I2: no group is farther than t from f of its inputs' accumulators."""
-    check_bounded(made, scene, threshold, policy, block, torch.float32)
+    check_bounded(made, scene, threshold, policy, block, torch.float32, device)
 
 
 @pytest.mark.slow
@@ -194,26 +205,36 @@ def test_bounded(made: Made, scene: Scene, threshold: float, policy: str, block:
 )  # fmt: skip
 @examples(300)
 def test_bounded_over_many_nets(
-    made: Made, scene: Scene, threshold: float, policy: str, block: int, dtype: torch.dtype
-) -> None:
-    check_bounded(made, scene, threshold, policy, block, dtype)
+    made: Made, scene: Scene, threshold: float, policy: str, block: int, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    check_bounded(made, scene, threshold, policy, block, dtype, device)
 
 
 @given(made=nets(), scene=scenes(), threshold=st.sampled_from([0, 0.1, 0.5]))
 @examples(12)
-def test_streams_do_not_touch_each_other(made: Made, scene: Scene, threshold: float) -> None:
-    """I4: a stream in a batch has the accumulators and masks that it has alone, bit for bit."""
-    net, shape = made
-    together = deltafx.compile(net, threshold=threshold)
-    alone = [deltafx.compile(net, threshold=threshold) for _ in range(2)]
+def test_streams_do_not_touch_each_other(
+    made: Made, scene: Scene, threshold: float, device: torch.device
+) -> None:
+    """I4: a stream in a batch has the accumulators and masks that it has alone, bit for bit.
+
+    So it is where each convolution is computed at its candidates; the choice of a dense frame is
+    one for all streams.
+    """
+    net, shape = made[0].to(device), made[1]
+    together = deltafx.compile(net, threshold=threshold, dense_above=1)
+    alone = [deltafx.compile(net, threshold=threshold, dense_above=1) for _ in range(2)]
     generator = torch.Generator().manual_seed(scene.seed)
-    first = torch.randn(1, *shape, generator=generator)
+    first = torch.randn(1, *shape, generator=generator).to(device)
     for compiled in (together, *alone):
         compiled.calibrate([first])
     gm = raised_graph(alone[0], first)
     delta = delta_only(gm)
     other = Scene(scene.events[::-1], scene.seed + 1)
-    for (event, a), (_, b) in zip(scene.frames(1, shape), other.frames(1, shape), strict=True):
+    pairs = zip(
+        scene.frames(1, shape, device=device), other.frames(1, shape, device=device), strict=True
+    )
+    for (event, a), (_, b) in pairs:
         if event == "reset stream":
             together.reset(1)
             alone[1].reset(0)

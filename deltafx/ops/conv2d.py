@@ -73,14 +73,20 @@ def conv2d(
     Returns:
         [N, O, H', W'] in the dtype of `x`.
     """
-    if pre_scale is not None and pre_shift is not None:
-        x = activate(torch.addcmul(_rows(pre_shift, x), x, _rows(pre_scale, x)), pre_act)
+    x = prologue(x, pre_scale, pre_shift, pre_act)
     y = F.conv2d(x, weight.to(x.dtype), like(bias, x), stride, padding, dilation, groups)
     if residual is None:
         return activate(y, act, act_params, act_weight)
     if residual_after_act:
         return activate(y, act, act_params, act_weight) + residual
     return activate(y + residual, act, act_params, act_weight)
+
+
+def prologue(x: Tensor, pre_scale: Tensor | None, pre_shift: Tensor | None, pre_act: str) -> Tensor:
+    """`pre_act(x * pre_scale + pre_shift)`; `x` itself without both."""
+    if pre_scale is None or pre_shift is None:
+        return x
+    return activate(torch.addcmul(_rows(pre_shift, x), x, _rows(pre_scale, x)), pre_act)
 
 
 def _rows(t: Tensor, x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ OPERATORS = (
     "layer_norm",
     "gather_channels",
     "pad2d",
+    "finish_conv2d",
 )
 
 

@@ -1,0 +1,130 @@
+// branch: counts the squares of the input in which anything changed, and chooses.
+#include "cuda/branch.h"
+
+#include "cuda/device.cuh"
+#include "cuda/launch.h"
+
+namespace deltafx::cuda {
+namespace {
+
+#if CUDART_VERSION >= 13000
+
+constexpr int kThreads = 256;
+
+struct Squares {
+  int rows, columns;
+  __host__ __device__ explicit Squares(const Mask& mask)
+      : rows(static_cast<int>((mask.h + kSquare - 1) / kSquare)),
+        columns(static_cast<int>((mask.w + kSquare - 1) / kSquare)) {}
+  __host__ __device__ int count(const Mask& mask) const {
+    return static_cast<int>(mask.n) * rows * columns;
+  }
+};
+
+// Whether a square has an active site; called by whole warps, a lane for half a row of it.
+__device__ bool is_changed(const Mask& mask, const Squares& squares, int index) {
+  static_assert(kSquare == 16, "32 lanes for 16 rows of two halves");
+  const Position at = position_of(index, squares.rows, squares.columns);
+  const int h = static_cast<int>(mask.h), w = static_cast<int>(mask.w);
+  const int lane = threadIdx.x % 32, y = at.y * kSquare + lane / 2;
+  const int x0 = at.x * kSquare + lane % 2 * 8, count = y < h ? min(8, w - x0) : 0;
+  const uint8_t* sites = mask.data + (static_cast<int64_t>(at.n) * h + y) * w + x0;
+  bool found = false;
+  if (count == 8 && reinterpret_cast<uintptr_t>(sites) % 8 == 0)
+    found = *reinterpret_cast<const unsigned long long*>(sites) != 0;
+  else
+    for (int i = 0; i < count; ++i) found |= sites[i] != 0;
+  return __any_sync(kAllLanes, found);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    branch_kernel(const __grid_constant__ BranchParams p, cudaGraphConditionalHandle handle,
+                  bool has_everywhere, int total) {
+  wait_for_inputs();
+  __shared__ int changed_here;
+  if (threadIdx.x == 0) changed_here = 0;
+  __syncthreads();
+  const int lane = threadIdx.x % 32, warps = static_cast<int>(gridDim.x) * (kThreads / 32);
+  const int warp = (static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x)) / 32;
+  int changed = 0;
+  for (int input = 0; input < p.inputs; ++input) {
+    const Squares squares(p.masks[input]);
+    const int count = squares.count(p.masks[input]);
+    for (int i = warp; i < count; i += warps) changed += is_changed(p.masks[input], squares, i);
+  }
+  if (lane == 0 && changed > 0) atomicAdd(&changed_here, changed);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  BranchState& state = *p.state;
+  atomicAdd(&state.changed, changed_here);
+  __threadfence();
+  // The block that is done last decides, and leaves the counters as it found them.
+  if (atomicAdd(&state.blocks, 1) != static_cast<int>(gridDim.x) - 1) return;
+  const int all = atomicExch(&state.changed, 0);
+  state.blocks = 0;
+  const bool most = static_cast<float>(all) > p.dense_above * static_cast<float>(total);
+  // A library may spread a NaN farther than the windows that hold it; then only computing
+  // everywhere once more gets rid of it.
+  const Branch choice = all == 0 && p.may_skip                              ? kNothing
+                        : has_everywhere && (most || state.not_finite != 0) ? kEverywhere
+                                                                            : kDelta;
+  if (choice == kEverywhere) state.not_finite = 0;
+  state.choice = choice;
+  cudaGraphSetConditional(handle, static_cast<unsigned>(choice));
+}
+
+// A conditional node behind all that the stream has captured; what follows waits for it.
+cudaError_t add_switch(cudaGraph_t graph, cudaGraphConditionalHandle handle,
+                       const cudaGraph_t* bodies, int count, cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  const cudaGraphNode_t* before = nullptr;
+  const cudaGraphEdgeData* edges = nullptr;
+  size_t edge_count = 0;
+  cudaError_t error =
+      cudaStreamGetCaptureInfo(stream, &status, nullptr, nullptr, &before, &edges, &edge_count);
+  if (error != cudaSuccess) return error;
+  cudaGraphNodeParams params{};
+  params.type = cudaGraphNodeTypeConditional;
+  params.conditional.handle = handle;
+  params.conditional.type = cudaGraphCondTypeSwitch;
+  params.conditional.size = static_cast<unsigned>(count);
+  cudaGraphNode_t node = nullptr;
+  error = cudaGraphAddNode(&node, graph, before, edges, edge_count, &params);
+  for (int i = 0; i < count && error == cudaSuccess; ++i) {
+    cudaGraphNode_t child = nullptr;
+    error = cudaGraphAddChildGraphNode(&child, params.conditional.phGraph_out[i], nullptr, 0,
+                                       bodies[i]);
+  }
+  if (error != cudaSuccess) return error;
+  return cudaStreamUpdateCaptureDependencies(stream, &node, nullptr, 1,
+                                             cudaStreamSetCaptureDependencies);
+}
+
+#endif
+
+}  // namespace
+
+cudaError_t branch(const BranchParams& p, const cudaGraph_t* bodies, int count,
+                   cudaStream_t stream) {
+#if CUDART_VERSION >= 13000
+  cudaStreamCaptureStatus status;
+  cudaGraph_t graph = nullptr;
+  cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph);
+  if (error != cudaSuccess) return error;
+  if (status != cudaStreamCaptureStatusActive) return cudaErrorStreamCaptureUnsupported;
+  cudaGraphConditionalHandle handle;
+  error = cudaGraphConditionalHandleCreate(&handle, graph, kDelta, cudaGraphCondAssignDefault);
+  if (error != cudaSuccess) return error;
+  int total = 0;
+  for (int i = 0; i < p.inputs; ++i) total += Squares(p.masks[i]).count(p.masks[i]);
+  const int warps = kThreads / 32, needed = (total + warps - 1) / warps;
+  const int most = 4 * current_device().multiprocessors;
+  error = launch(branch_kernel, {needed < most ? needed : most, kThreads}, stream, p, handle,
+                 count > 1, total);
+  return error != cudaSuccess ? error : add_switch(graph, handle, bodies, count, stream);
+#else
+  return cudaErrorNotSupported;
+#endif
+}
+
+}  // namespace deltafx::cuda

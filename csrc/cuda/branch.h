@@ -1,0 +1,40 @@
+// A frame's branch: computed at the candidates, computed everywhere, or not computed at all. The
+// device decides, by how much of the input changed; the host is not asked.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace deltafx::cuda {
+
+constexpr int kMostInputs = 8;
+constexpr int kSquare = 16;  // sites a side
+
+// What the decision leaves on the device: `choice` for whoever asks what was done.
+struct BranchState {
+  int32_t choice;      // one of the below
+  int32_t not_finite;  // whether the last frame that was computed everywhere met an infinity or NaN
+  int32_t changed;     // squares so far; 0 between frames
+  int32_t blocks;      // that are done; 0 between frames
+};
+enum Branch : int32_t { kDelta = 0, kEverywhere = 1, kNothing = 2 };
+
+struct BranchParams {
+  Mask masks[kMostInputs];  // update masks of the frame's inputs
+  int inputs;
+  bool may_skip;      // whether nothing needs to be done where nothing changed
+  float dense_above;  // share of changed squares above which a frame is computed everywhere
+  BranchState* state;
+};
+
+// Enqueues the decision and, for a stream that is being captured, a conditional node behind it with
+// one of the bodies. `bodies`: the graph of the delta branch; then, if there is one, that of the
+// branch that computes everywhere. They are copied. cudaErrorNotSupported where the runtime or
+// the driver has no such nodes.
+cudaError_t branch(const BranchParams& p, const cudaGraph_t* bodies, int count,
+                   cudaStream_t stream);
+
+}  // namespace deltafx::cuda

@@ -1,0 +1,170 @@
+"""The branches of a frame's graph: whichever the device takes, the state is what the rule says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import deltafx
+from deltafx.cuda_graph import WARM_UP_FRAMES, FrameGraph
+from tests.exactness import Oracle
+from tests.nets import Net, nets
+from tests.scenes import Scene, scenes
+from tests.test_invariants import check_bounded, check_exact, examples
+
+pytestmark = pytest.mark.cuda
+
+Made = tuple[Net, tuple[int, int, int]]
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 72, 3, 1, 1),
+        nn.MaxPool2d(2), nn.Conv2d(72, 72, 3, 1, 1, groups=72), nn.SiLU(), nn.Conv2d(72, 40, 1),
+    ).eval().cuda()  # fmt: skip
+
+
+def warm(net: nn.Module, size: int = 64, **options: object) -> tuple[deltafx.DeltaModule, Oracle]:
+    """A model behind its capture, and what checks it."""
+    model, oracle = deltafx.compile(net, **options), Oracle(net)  # type: ignore[arg-type]
+    for _ in range(WARM_UP_FRAMES + 1):
+        model(picture(net, size))
+    run = model._require().run
+    assert isinstance(run, FrameGraph)
+    assert run.has_branches, run.describe()
+    return model, oracle
+
+
+def picture(net: nn.Module, size: int = 64) -> torch.Tensor:
+    like = next(net.parameters())
+    return torch.randn(2, 3, size, size, dtype=like.dtype, device=like.device)
+
+
+def with_box(frame: torch.Tensor) -> torch.Tensor:
+    other = frame.clone()
+    other[1, :, 20:31, 33:40] = torch.randn_like(other[1, :, 20:31, 33:40])
+    return other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_branch_follows_how_much_changed(dtype: torch.dtype) -> None:
+    net = small_net().to(dtype)
+    model, oracle = warm(net, threshold=0)
+    frame = picture(net)
+    for shown, branch in [
+        (frame, "dense"), (frame, "nothing"), (box := with_box(frame), "delta"),
+        (box, "nothing"), (with_box(box), "delta"), (other := picture(net), "dense"),
+        (picture(net), "dense"), (other, "dense"), (with_box(other), "delta"),
+    ]:  # fmt: skip
+        oracle.compare(model(shown), shown)
+        stats = model.stats()
+        assert stats.branch == branch
+        work = sum(n.candidates for name, n in stats.nodes.items() if "input" not in name)
+        assert (work == 0) == (branch == "nothing")
+        assert (stats.flop_fraction == 1) == (branch == "dense")
+    oracle.check()
+
+
+@pytest.mark.parametrize(("share", "branch"), [(0.0, "dense"), (0.9, "delta"), (1.0, "delta")])
+def test_the_option_sets_the_switch(share: float, branch: str) -> None:
+    net = small_net()
+    model, oracle = warm(net, threshold=0, dense_above=share)
+    frame = picture(net)
+    model(frame)
+    assert model.stats().branch == ("delta" if share == 1 else "dense")
+    frame = with_box(frame)
+    oracle.compare(model(frame), frame)
+    assert model.stats().branch == branch
+    oracle.check()
+
+
+def test_a_reset_is_computed_everywhere() -> None:
+    net = small_net()
+    model, oracle = warm(net, threshold=0)
+    frame = picture(net)
+    model(frame)
+    model.reset()
+    oracle.compare(model(frame), frame)
+    assert model.stats().branch == "dense"
+    model.reset(1)
+    oracle.compare(model(frame), frame)
+    oracle.check()
+
+
+def test_a_frame_of_infinities_leaves_nothing_behind() -> None:
+    """Also where a library spreads them farther than the windows that hold them."""
+    net = small_net()
+    model, oracle = warm(net, threshold=0)
+    frame = picture(net)
+    bad = picture(net)
+    bad[0, :, 5, 7] = float("inf")
+    model(bad)
+    assert model.stats().branch == "dense"
+    model(with_box(bad))
+    assert model.stats().branch == "dense", "infinities were met: everything once more"
+    for _ in range(2):
+        oracle.compare(model(frame), frame)
+    oracle.check()
+    frame = with_box(frame)
+    oracle.compare(model(frame), frame)
+    assert model.stats().branch == "delta"
+    oracle.check()
+
+
+class ReadsTheFrame(nn.Module):
+    """With a dense op on the frame itself, beside the delta ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.conv(x), x.cumsum(-1)
+
+
+def test_what_reads_the_frame_itself_is_never_left_out() -> None:
+    torch.manual_seed(0)
+    net = ReadsTheFrame().eval().cuda()
+    model, oracle = warm(net, threshold=0)
+    frame = picture(net)
+    for shown in (frame, frame, with_box(frame), frame):
+        oracle.compare(model(shown), shown)
+        assert model.stats().branch != "nothing"
+    oracle.check()
+
+
+def test_explain_tells_how_frames_run() -> None:
+    net = small_net()
+    model = deltafx.compile(net, example_inputs=(picture(net),))
+    assert "after 2 frames" in model.explain().frames
+    model, _ = warm(net)
+    assert "one CUDA graph; nothing beyond the comparison" in model.explain().frames
+    assert "more than 50% of the input" in str(model.explain())
+    model, _ = warm(net, dense_above=1.0)
+    assert "cuDNN" not in model.explain().frames
+
+
+@given(
+    made=nets(), scene=scenes(), streams=st.integers(1, 3),
+    share=st.sampled_from([0.0, 0.3, 0.6]),
+)  # fmt: skip
+@examples(25)
+def test_exact_at_zero(made: Made, scene: Scene, streams: int, share: float) -> None:
+    """I1 and I3, where the dense branch is taken now and then."""
+    check_exact(made, scene, streams, torch.float32, torch.device("cuda"), dense_above=share)
+
+
+@given(
+    made=nets(), scene=scenes(), threshold=st.sampled_from([0.01, 0.1]),
+    policy=st.sampled_from(["rms", "max"]), share=st.sampled_from([0.0, 0.3, 0.6]),
+)  # fmt: skip
+@examples(15)
+def test_bounded(made: Made, scene: Scene, threshold: float, policy: str, share: float) -> None:
+    """I2, likewise."""
+    check_bounded(
+        made, scene, threshold, policy, 8, torch.float32, torch.device("cuda"), dense_above=share
+    )
