@@ -58,6 +58,10 @@ class FrameCalls:
             (tensors[n.args[0].target], True) if n in copies else (n, False) for n in outputs
         ]
 
+    def describe(self) -> str:
+        """How a frame is run, in words."""
+        return "one operator after another; none where no input changed"
+
     def __call__(self, module: Any, *inputs: Tensor) -> list[Any]:
         """Runs a frame; takes and returns what the graph's function does."""
         self._clear()  # by the counts of the last frame

@@ -226,7 +226,8 @@ class DeltaModule(fx.GraphModule):
         """Every node: delta, view or dense, and why."""
         compiled = self._require()
         run = compiled.run
-        frames = run.describe() if isinstance(run, FrameGraph) else "one operator after another"
+        told = isinstance(run, (FrameCalls, FrameGraph))
+        frames = run.describe() if told else "one operator after another"
         return Explanation(
             compiled.instance.nodes, compiled.instance.counts, self._traced.front_end,
             self._traced.reason, frames,

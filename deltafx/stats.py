@@ -121,6 +121,7 @@ def join_stats(regions: Mapping[str, Stats], outside: int) -> Stats:
         macs=sum(stats.macs for stats in regions.values()) + outside,
         dense_macs=sum(stats.dense_macs for stats in regions.values()) + outside,
         state_bytes=sum(stats.state_bytes for stats in regions.values()),
+        branch=", ".join(dict.fromkeys(stats.branch for stats in regions.values())) or "delta",
     )
 
 
@@ -198,4 +199,6 @@ def join_explanations(
             for node in explained
         ]
         first = 1 + max((n.region for n in nodes if n.region is not None), default=-1)
-    return Explanation((*nodes, *outside), dict(rewrites), "parts", note)
+    ways = dict.fromkeys(explained.frames for explained in regions.values())
+    frames = "; ".join(["run as the model runs it, its parts", *ways])
+    return Explanation((*nodes, *outside), dict(rewrites), "parts", note, frames)
