@@ -18,6 +18,7 @@ import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
 
@@ -38,6 +39,9 @@ _IDENTITIES = {
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
 }
+READABLE = 64
+"""Elements of a weight that a model may make numbers of (sizes, factors), at most."""
+
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 
 
@@ -61,11 +65,14 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     state = {name: tensor.detach() for name, tensor in state.items()}
     out_specs: list[pytree.TreeSpec] = []
 
+    read: dict[str, Tensor] = {}  # weights whose values the model reads while it is traced
+
     def run(weights: dict[str, Tensor], tensors: list[Tensor]) -> list[Any]:
         leaves = list(flat)
         for i, tensor in zip(positions, tensors, strict=True):
             leaves[i] = tensor
-        with _reparametrize_module(traced.root, weights), fx_traceback.preserve_node_meta():
+        held = {**weights, **read}
+        with _reparametrize_module(traced.root, held), fx_traceback.preserve_node_meta():
             out = _run(traced, pytree.tree_unflatten(leaves, spec))
         out_flat, out_spec = pytree.tree_flatten(out)
         out_specs.append(out_spec)
@@ -76,13 +83,18 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     tensors = [mode.from_tensor(flat[i].detach(), static_shapes=True) for i in positions]
     with torch.no_grad():
         try:
-            made = make_fx(run, pre_dispatch=True)(weights, tensors)
+            try:
+                made = make_fx(run, pre_dispatch=True)(weights, tensors)
+            except DataDependentOutputException:
+                read |= {name: t for name, t in state.items() if t.numel() <= READABLE}
+                weights = {name: t for name, t in weights.items() if name not in read}
+                made = make_fx(run, pre_dispatch=True)(weights, tensors)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise InvalidInputError(
                 f"the model does not run on ({', '.join(map(_kind, flat))}): "
                 + str(error).split("\n")[0]
             ) from error
-    gm = _with_weights(made, list(state), state)
+    gm = _with_weights(made, list(weights), state)
     gm.meta["out_spec"] = out_specs[-1]
     if _drop_modes(gm) or any(autocast_state()):
         insert_casts(gm)
