@@ -20,6 +20,7 @@ import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.immutable_collections import immutable_dict
 from torch.nn.utils.stateless import _reparametrize_module
@@ -42,6 +43,9 @@ _IDENTITIES = {
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
 }
+READABLE = 64
+"""Elements of a weight that a model may make numbers of (sizes, factors), at most."""
+
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 
 
@@ -67,14 +71,17 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     state = {name: tensor.detach() for name, tensor in state.items()}
     out_specs: list[pytree.TreeSpec] = []
 
+    read: dict[str, Tensor] = {}  # weights whose values the model reads while it is traced
+
     def run(weights: dict[str, Tensor], tensors: list[Tensor]) -> list[Any]:
         leaves = list(flat)
         for i, tensor in zip(positions, tensors, strict=True):
             leaves[i] = tensor
-        given = dict(weights)
-        with _reparametrize_module(traced.root, weights), fx_traceback.preserve_node_meta():
+        held = {**weights, **read}
+        given = dict(held)
+        with _reparametrize_module(traced.root, held), fx_traceback.preserve_node_meta():
             out = _run(traced, pytree.tree_unflatten(leaves, spec))
-        replaced = [name for name, tensor in weights.items() if tensor is not given[name]]
+        replaced = [name for name, tensor in held.items() if tensor is not given[name]]
         if replaced:
             raise UntraceableError(f"the model replaces its own {replaced[0]!r}")
         out_flat, out_spec = flatten_result(out)
@@ -87,7 +94,12 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     before = own_state(traced.root)
     with torch.no_grad(), _quiet():
         try:
-            made = make_fx(run, pre_dispatch=True)(weights, tensors)
+            try:
+                made = make_fx(run, pre_dispatch=True)(weights, tensors)
+            except DataDependentOutputException:
+                read |= {name: t for name, t in state.items() if t.numel() <= READABLE}
+                weights = {name: t for name, t in weights.items() if name not in read}
+                made = make_fx(run, pre_dispatch=True)(weights, tensors)
         except UntraceableError:
             raise
         except Exception as error:
@@ -98,7 +110,7 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     reason = changed(before, own_state(traced.root))
     if reason:
         raise UntraceableError(reason)
-    gm = _with_weights(made, list(state), state)
+    gm = _with_weights(made, list(weights), state)
     gm.meta["out_spec"] = out_specs[-1]
     _unify_values(gm, mode)
     if _drop_modes(gm) or any(autocast_state()):
