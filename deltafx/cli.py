@@ -140,11 +140,17 @@ def run(
 
 def read_head(reader: VideoReader, model: ZooModel) -> list[np.ndarray]:
     """Read the frames that compiling needs, and calibrate an untrained model on them."""
-    head = list(itertools.islice(reader, 1 if model.trained else CALIBRATION_FRAMES))
+    wanted = 1 if model.trained else CALIBRATION_FRAMES + model.frames - 1
+    head = list(itertools.islice(reader, wanted))
     if not head:
         raise VideoError(f"{reader.source!r} has no frame in it")
-    if not model.trained and len(head) > 1:
-        models_zoo.calibrate_batch_norm(model.module, model.preprocessing(np.stack(head)))
+    if not model.trained and len(head) > model.frames:
+        pictures = [model.preprocessing(frame) for frame in head]
+        windows = [
+            model.arguments(pictures[: i + model.frames])
+            for i in range(len(pictures) - model.frames + 1)
+        ]
+        models_zoo.calibrate_batch_norm(model.module, *map(torch.cat, zip(*windows, strict=True)))
     return head
 
 
@@ -220,7 +226,8 @@ def explain(
     """Tell which nodes of a model become delta ops, which stay dense, and why."""
     zoo_model = load_model(model, weights)
     height, width = parse_size(size) or zoo_model.input_size or EXPLAIN_SIZE
-    compiled = deltafx.compile(zoo_model.module, example_inputs=(torch.rand(1, 3, height, width),))
+    example = zoo_model.arguments([torch.rand(1, 3, height, width)])
+    compiled = deltafx.compile(zoo_model.module, example_inputs=example)
     table = Table("node", "op", "kind", "reason", title=f"{model} at {width}x{height}")
     kinds: Counter[str] = Counter()
     for info in compiled.explain():

@@ -1,6 +1,6 @@
 """Feeds the same frames to a compiled model and to the dense one, and measures both.
 
-In: raw RGB frames. Out: a `FrameRecord` a frame. Both models see the same tensor; the decoding and
+In: raw RGB frames. Out: a `FrameRecord` a frame. Both models see the same tensors; the decoding and
 the preprocessing are in neither time. The dense model runs the way PyTorch is quickest at without
 a compiler: channels_last, in inference mode, at the same dtype, on the same device, warmed up.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Comparison:
         compare: False leaves the dense model out.
 
     Attributes:
-        compiled: The `DeltaModule`.
+        compiled: The `DeltaModule` or `DeltaRegions`.
     """
 
     def __init__(
@@ -48,16 +49,18 @@ class Comparison:
         device: torch.device | str = "cpu",
         compare: bool = True,
     ) -> None:
-        self._preprocessing, self._dtype = model.preprocessing, dtype
+        self._model, self._dtype = model, dtype
+        self._pictures: deque[Tensor] = deque(maxlen=model.frames)
         self._device = torch.device(device)
         module = copy.deepcopy(model.module).to(device=self._device, dtype=dtype)
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._dense = module if compare else None
-        example = self._input(first_frame)
+        example = self._arguments(first_frame)
+        self._pictures.clear()
         self.compiled = deltafx.compile(
             copy.deepcopy(module),
             threshold=model.threshold if threshold is None else threshold,
-            example_inputs=(example,),
+            example_inputs=example,
         )
         if self._dense is not None:
             for _ in range(_DENSE_WARM_UP):
@@ -72,12 +75,12 @@ class Comparison:
         Returns:
             Times in ms, work done, and the relative L2 error against the dense model.
         """
-        tensor = self._input(frame)
-        ours, ours_ms = self._timed(self.compiled, tensor)
+        arguments = self._arguments(frame)
+        ours, ours_ms = self._timed(self.compiled, arguments)
         stats = self.compiled.stats()
         dense_ms = error = None
         if self._dense is not None:
-            expected, dense_ms = self._timed(self._dense, tensor)
+            expected, dense_ms = self._timed(self._dense, arguments)
             error = relative_error(ours, expected)
         return FrameRecord(
             ours_ms=ours_ms,
@@ -92,14 +95,17 @@ class Comparison:
         mask: np.ndarray = self.compiled.update_mask(node)[0].cpu().numpy()
         return mask
 
-    def _input(self, frame: np.ndarray) -> Tensor:
-        return self._preprocessing(frame, dtype=self._dtype, device=self._device)
+    def _arguments(self, frame: np.ndarray) -> tuple[Tensor, ...]:
+        """What the model is called with: this frame, with those before it that it looks at."""
+        picture = self._model.preprocessing(frame, dtype=self._dtype, device=self._device)
+        self._pictures.append(picture)
+        return self._model.arguments(self._pictures)
 
     @torch.inference_mode()
-    def _timed(self, module: nn.Module, frame: Tensor) -> tuple[Any, float]:
+    def _timed(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Any, float]:
         self._synchronize()
         start = time.perf_counter()
-        result = module(frame)
+        result = module(*arguments)
         self._synchronize()
         return result, (time.perf_counter() - start) * 1e3
 

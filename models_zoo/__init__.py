@@ -1,7 +1,8 @@
-"""Models ready to be compiled: every torchvision image model, and those shipped with the package.
+"""Models ready to be compiled: every torchvision model, and those shipped with the package.
 
 A `ZooModel` is a model as its authors wrote it, in eval mode, with the preprocessing that its
-weights were trained for. Two short clips come along, so that a first run needs no network.
+weights were trained for, and what turns its output into something to look at. Two
+short clips come along, so that a first run needs no network.
 """
 
 from deltafx.models_zoo.calibration import calibrate_batch_norm

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def calibrate_batch_norm(module: nn.Module, frames: Tensor) -> nn.Module:
+def calibrate_batch_norm(module: nn.Module, frames: Tensor, *more: Tensor) -> nn.Module:
     """Set the running statistics of every batch norm from real frames, in place.
 
     Args:
         module: A model in eval mode; it is in eval mode again on return. A model without batch norm
             is left as it is.
-        frames: Preprocessed frames [N, 3, H, W], N >= 2; fed as overlapping pairs.
+        frames: Preprocessed frames [N, 3, H, W] (or clips), N >= 2; fed as overlapping pairs.
+        *more: The further arguments of a model of several.
 
     Returns:
         `module`.
@@ -39,7 +40,7 @@ def calibrate_batch_norm(module: nn.Module, frames: Tensor) -> nn.Module:
         # Two frames at a time: behind a global pooling one frame has one value a channel, which
         # has no variance.
         for first in range(len(frames) - 1):
-            module(frames[first : first + 2])
+            module(*(x[first : first + 2] for x in (frames, *more)))
     finally:
         for norm, momentum in zip(norms, before, strict=True):
             norm.momentum = momentum

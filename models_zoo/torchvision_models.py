@@ -1,7 +1,6 @@
-"""Every torchvision model that takes single images, untouched, under its torchvision name.
+"""Every torchvision model, untouched, under its torchvision name: what torchvision lists is here.
 
-Left out are the models that do not take one RGB frame of floats: video models (clips), optical flow
-(pairs of frames) and the quantized ones.
+Left out are the quantized ones, which do not compute in floats.
 """
 
 from __future__ import annotations
@@ -16,16 +15,18 @@ from torch import nn
 from torchvision import models
 
 from deltafx.errors import InvalidOptionError
+from deltafx.models_zoo.postprocessing import Detections, LabelMap, LastFlow, TopClasses
 from deltafx.models_zoo.preprocessing import Preprocessing
 from deltafx.models_zoo.zoo_model import ZooModel
 
-_FIXED_SIZE_PREFIXES = ("vit_", "maxvit_")
+_FIXED_SIZE_PREFIXES = ("vit_", "maxvit_", "mvit_", "s3d")
+_CLIP_LENGTH = 16
+_TASKS = ("segmentation", "detection", "video", "optical_flow")
 
 
 def list_torchvision_models() -> list[str]:
-    """Return the names of torchvision's classification, segmentation and detection models."""
-    kinds = (models, models.segmentation, models.detection)
-    return sorted(name for kind in kinds for name in models.list_models(module=kind))
+    """Return the names of all torchvision models that compute in floats."""
+    return sorted(models.list_models(exclude="quantized_*"))
 
 
 def load_torchvision_model(name: str, *, weights: str, seed: int) -> ZooModel:
@@ -43,24 +44,40 @@ def load_torchvision_model(name: str, *, weights: str, seed: int) -> ZooModel:
     Raises:
         InvalidOptionError: If the weights cannot be fetched or read, or do not fit the model.
     """
-    transforms = models.get_model_weights(name).DEFAULT.transforms()
-    preprocessing = Preprocessing()
-    if hasattr(transforms, "mean"):
-        preprocessing = Preprocessing(tuple(transforms.mean), tuple(transforms.std))
-    elif name in models.list_models(module=models.detection):
-        preprocessing = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # they normalise inside
+    builder = models.get_model_builder(name)
+    folder = builder.__module__.removeprefix("torchvision.models.").split(".")[0]
+    task = folder if folder in _TASKS else "classification"
+    described = models.get_model_weights(name).DEFAULT
+    transforms = described.transforms()
     input_size = None
     if name.startswith(_FIXED_SIZE_PREFIXES):
         input_size = (transforms.crop_size[0], transforms.crop_size[0])
-    module = _build(models.get_model_builder(name), name, weights, seed)
     return ZooModel(
         name=name,
-        module=module.eval(),
-        preprocessing=preprocessing,
+        module=_build(builder, name, weights, seed).eval(),
+        preprocessing=_preprocessing(task, transforms),
         origin=f"torchvision.models.{name}, {weights} weights",
         input_size=input_size,
         trained=weights != "random",
+        task=task,
+        frames={"video": _CLIP_LENGTH, "optical_flow": 2}.get(task, 1),
+        postprocessing=_postprocessing(task, tuple(described.meta.get("categories", ()))),
     )
+
+
+def _preprocessing(task: str, transforms: Any) -> Preprocessing:
+    if task == "detection":
+        return Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # they normalise inside
+    if task == "optical_flow":
+        return Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return Preprocessing(tuple(transforms.mean), tuple(transforms.std))
+
+
+def _postprocessing(task: str, categories: tuple[str, ...]) -> Callable[[Any], Any]:
+    if task == "optical_flow":
+        return LastFlow()
+    made = {"segmentation": LabelMap, "detection": Detections}.get(task, TopClasses)
+    return made(categories)
 
 
 def _build(builder: Callable[..., nn.Module], name: str, weights: str, seed: int) -> nn.Module:

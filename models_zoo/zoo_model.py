@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from deltafx.models_zoo.postprocessing import Plain
 from deltafx.models_zoo.preprocessing import Preprocessing
 
 
@@ -22,6 +26,9 @@ class ZooModel:
         trained: False for seeded random weights, whose batch norm statistics mean nothing before
             `calibrate_batch_norm` was called with a few real frames.
         threshold: The truncation threshold tuned for this model; None for the compiler's default.
+        task: "classification", "segmentation", "detection", "video", "optical_flow" or "features".
+        frames: How many pictures of a stream, the last ones, it looks at at once.
+        postprocessing: Turns what `module` returns into something to look at.
     """
 
     name: str
@@ -31,3 +38,22 @@ class ZooModel:
     input_size: tuple[int, int] | None = None
     trained: bool = True
     threshold: float | None = None
+    task: str = "features"
+    frames: int = 1
+    postprocessing: Callable[[Any], Any] = field(default_factory=Plain)
+
+    def arguments(self, pictures: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What `module` is called with.
+
+        Args:
+            pictures: The last `frames` ones, [N, 3, H, W] each, preprocessed; fewer at the
+                beginning of a video, where the first one stands for those before it.
+
+        Returns:
+            One picture; of a video model one clip [N, 3, T, H, W]; of a flow model the last two.
+        """
+        pictures = list(pictures)[-self.frames :]
+        pictures = [pictures[0]] * (self.frames - len(pictures)) + pictures
+        if self.task == "video":
+            return (torch.stack(pictures, dim=2),)
+        return tuple(pictures)

@@ -17,6 +17,7 @@ from deltafx.models_zoo import (
     list_models,
     load,
 )
+from deltafx.models_zoo.postprocessing import Detections, TopClasses
 from deltafx.video import VideoReader
 
 
@@ -25,12 +26,76 @@ def first_frames(clip: str, count: int) -> np.ndarray:
         return np.stack([frame for _, frame in zip(range(count), reader, strict=False)])
 
 
-def test_every_image_model_of_torchvision_is_listed() -> None:
-    names = set(list_models())
-    for kind in (models, models.segmentation, models.detection):
-        assert set(models.list_models(module=kind)) <= names
-    assert not set(models.list_models(module=models.video)) & names
-    assert list_models()[0] == "mobilenet_v2_trunk"
+KINDS = (models, models.segmentation, models.detection, models.video, models.optical_flow)
+
+
+def test_every_model_of_torchvision_is_listed() -> None:
+    names = list_models()
+    assert names[0] == "mobilenet_v2_trunk"
+    assert len(names) == len(set(names))
+    assert set(names[1:]) == {name for kind in KINDS for name in models.list_models(module=kind)}
+    assert not any(name.startswith("quantized_") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "frames"),
+    [
+        ("squeezenet1_1", "classification", 1),
+        ("lraspp_mobilenet_v3_large", "segmentation", 1),
+        ("ssdlite320_mobilenet_v3_large", "detection", 1),
+        ("mc3_18", "video", 16),
+        ("raft_small", "optical_flow", 2),
+    ],
+)
+def test_from_pictures_to_results(name: str, task: str, frames: int) -> None:
+    model = load(name, weights="random")
+    assert (model.task, model.frames) == (task, frames)
+    size = 32 if task == "video" else 128
+    pictures = [model.preprocessing(np.full((size, size, 3), i, np.uint8)) for i in range(3)]
+    arguments = model.arguments(pictures)
+    with torch.inference_mode():
+        result = model.postprocessing(model.module(*arguments))
+    if task in ("classification", "video"):
+        (best,) = result
+        assert len(best) == 5
+        assert best[0][1] >= best[-1][1] >= 0
+        assert isinstance(best[0][0], str)
+    elif task == "segmentation":
+        assert result.shape == (1, 128, 128)
+        assert result.max() < len(model.postprocessing.categories) == 21
+    elif task == "detection":
+        (found,) = result
+        assert set(found) == {"boxes", "labels", "scores", "names"}
+        assert len(found["names"]) == len(found["boxes"])
+    else:
+        assert result.shape == (1, 2, 128, 128)
+
+
+def test_the_last_pictures_make_a_clip() -> None:
+    model = load("mc3_18", weights="random")
+    pictures = [torch.full((2, 3, 8, 9), float(i)) for i in range(20)]
+    (clip,) = model.arguments(pictures)
+    assert clip.shape == (2, 3, 16, 8, 9)
+    assert clip[0, 0, :, 0, 0].tolist() == list(range(4, 20))
+    (clip,) = model.arguments(pictures[:3])
+    assert clip[0, 0, :, 0, 0].tolist() == [0] * 13 + [0, 1, 2]
+
+
+def test_results_are_chosen_and_named() -> None:
+    classes = TopClasses(("cat", "dog", "cow"), count=2)
+    ((best, second),) = classes(torch.tensor([[0.0, 2.0, 1.0]]))
+    assert (best[0], second[0]) == ("dog", "cow")
+    assert best[1] == pytest.approx(0.6652, abs=1e-4)
+    found = {
+        "boxes": torch.tensor([[0.0, 0, 1, 1], [0, 0, 2, 2]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.2, 0.9]),
+        "masks": torch.zeros(2, 1, 4, 4),
+    }
+    (sure,) = Detections(("none", "cat", "dog"))([found])
+    assert sure["names"] == ["dog"]
+    assert sure["boxes"].tolist() == [[0, 0, 2, 2]]
+    assert sure["masks"].shape == (1, 1, 4, 4)
 
 
 @pytest.mark.parametrize(

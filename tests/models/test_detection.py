@@ -41,6 +41,8 @@ def load(name: str) -> nn.Module:
     if "rcnn" in name:
         options |= {"box_score_thresh": 0.02, "box_detections_per_img": 40}
         options |= {"rpn_pre_nms_top_n_test": 100, "rpn_post_nms_top_n_test": 60}
+        if name.startswith("keypoint"):  # of one class, so most boxes overlap another
+            options |= {"box_score_thresh": 0.001, "box_nms_thresh": 0.8}
     else:
         options |= {"score_thresh": 0.02, "detections_per_img": 40, "topk_candidates": 60}
     model = torchvision.models.get_model(name, **options).eval()
