@@ -117,7 +117,8 @@ class DeltaModule(fx.GraphModule):
         with torch.no_grad():
             bound = self._traced.bind(args, kwargs)
             compiled = self._prepare(bound)
-            tensors = [a for a in pytree.tree_leaves(bound) if isinstance(a, Tensor)]
+            leaves = bound if _is_flat(bound) else pytree.tree_leaves(bound)
+            tensors = [a for a in leaves if isinstance(a, Tensor)]
             self._calibrate_if_due(compiled)
             self._refresh_if_due(compiled)
             out = compiled.run(compiled.attributes, *tensors)
@@ -384,7 +385,14 @@ _END = (object(),)
 """So that lists of other lengths differ as well."""
 
 
+def _is_flat(bound: tuple[Any, ...]) -> bool:
+    """Whether there are only tensors, as nearly always: that need not go through pytree."""
+    return all(isinstance(a, Tensor) for a in bound)
+
+
 def _signature(bound: tuple[Any, ...]) -> Signature:
+    if _is_flat(bound):
+        return tuple((a.shape, a.dtype, a.device) for a in bound)
     leaves, spec = pytree.tree_flatten(bound)
     kinds = tuple(
         (tuple(a.shape), a.dtype, a.device) if isinstance(a, Tensor) else repr(a) for a in leaves
