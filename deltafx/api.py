@@ -33,9 +33,9 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
 
     The default policy is the one that did the least work within the error of a JPEG of quality 95
     on a fixed outdoor camera (MobileNetV2's trunk, ImageNet weights, 300 frames of 576x768): all
-    thresholds 0.095, the RMS over groups of 64 channels, an input gate of 16x16 sites, and nothing
-    truncated in every sixth frame. There it does 0.31 of the multiply-adds at a relative error of
-    0.140 (the JPEG's is 0.141). docs/performance.md has the alternatives.
+    thresholds 0.1, the RMS over groups of 64 channels, an input gate of 16x16 sites, and nothing
+    truncated in every sixth frame. There it does 0.32 of the multiply-adds at a relative error of
+    0.139 (the JPEG's is 0.141). docs/performance.md has the alternatives.
 
     Returns:
         A `DeltaModule`; call it as the model. The batch dimension holds independent streams.

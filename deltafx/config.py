@@ -41,7 +41,7 @@ class Config:
             the choice, so with it their last bits, and what is truncated, may depend on each other.
     """
 
-    threshold: float = 0.095
+    threshold: float = 0.1
     input_threshold: float | None = None
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     policy: str = "rms"

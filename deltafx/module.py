@@ -24,6 +24,7 @@ from deltafx import calibration
 from deltafx.config import Config
 from deltafx.cuda_graph import FrameGraph
 from deltafx.errors import InvalidInputError, NotCompiledError, TrainModeError, UnknownNodeError
+from deltafx.frame_calls import FrameCalls, is_delta_only
 from deltafx.passes.emit_instance import Instance, emit_instance
 from deltafx.passes.trace_model import TracedModel, trace_model
 from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, mask_name
@@ -47,6 +48,7 @@ class _Compiled:
     run: Callable[..., Any]
     attributes: SimpleNamespace  # the buffers again, for `run`: lookups are ten times faster here
     frames: int = 0
+    whole: bool = True  # the last frame ran to its end
     age: int = 0  # frames since the last refresh
     refreshing: bool = False
     thresholds: Tensor | None = None  # those of a frame that is no refresh
@@ -121,7 +123,11 @@ class DeltaModule(fx.GraphModule):
             tensors = [a for a in leaves if isinstance(a, Tensor)]
             self._calibrate_if_due(compiled)
             self._refresh_if_due(compiled)
+            if not compiled.whole:
+                _lose_state(compiled)
+            compiled.whole = False
             out = compiled.run(compiled.attributes, *tensors)
+            compiled.whole = True
             compiled.frames += 1
             self._calibrate_if_due(compiled)
             return pytree.tree_unflatten(list(out), compiled.instance.out_spec)
@@ -165,8 +171,7 @@ class DeltaModule(fx.GraphModule):
         if streams is None:
             for compiled in self._cache.values():
                 compiled.age = 0
-                for name in compiled.instance.plan.slots:
-                    compiled.buffers[acc_name(name)].fill_(float("nan"))
+                _lose_state(compiled)
             return
         if self._current is None:
             return
@@ -305,7 +310,12 @@ class DeltaModule(fx.GraphModule):
         self.graph = instance.graph
         run = type(self).run_graph  # type: ignore[attr-defined]
         if self.config.cuda_graph and instance.plan.device.type == "cuda":
-            run = FrameGraph(run, self.graph, instance.everywhere, buffers, self.config.dense_above)
+            run = FrameGraph(
+                run, self.graph, instance.everywhere, buffers, instance.plan,
+                self.config.dense_above,
+            )  # fmt: skip
+        elif instance.plan.device.type == "cpu" and is_delta_only(self.graph):
+            run = FrameCalls(self.graph, buffers)
         compiled = _Compiled(
             instance, buffers, self.graph, self.code, run, SimpleNamespace(**buffers)
         )
@@ -388,6 +398,12 @@ _END = (object(),)
 def _is_flat(bound: tuple[Any, ...]) -> bool:
     """Whether there are only tensors, as nearly always: that need not go through pytree."""
     return all(isinstance(a, Tensor) for a in bound)
+
+
+def _lose_state(compiled: _Compiled) -> None:
+    """NaN differs from every value: the next frame rewrites every site."""
+    for name in compiled.instance.plan.slots:
+        compiled.buffers[acc_name(name)].fill_(float("nan"))
 
 
 def _signature(bound: tuple[Any, ...]) -> Signature:

@@ -19,6 +19,7 @@ from deltafx.passes.fold_affines import fold_affines
 from deltafx.passes.fuse_activations import fuse_activations
 from deltafx.passes.fuse_prologues import fuse_prologues
 from deltafx.passes.fuse_residuals import fuse_residuals
+from deltafx.passes.fuse_separables import fuse_separables
 from deltafx.passes.lift_layouts import lift_layouts
 from deltafx.passes.match_shuffles import match_shuffles
 from deltafx.passes.plan_state import plan_state
@@ -35,7 +36,8 @@ PIPELINE: tuple[tuple[Pass, str], ...] = (
     (fuse_activations, "raised"),  # must run before fuse_residuals: conv -> relu -> add
     (fuse_residuals, "raised"),
     (fuse_activations, "raised"),  # again: conv -> add -> relu
-    (fuse_prologues, "raised"),  # must run last: what could go backwards has gone
+    (fuse_prologues, "raised"),  # must run after them: what could go backwards has gone
+    (fuse_separables, "raised"),  # must run last: both convolutions have all that they take
     (assign_regions, "assigned"),
     (plan_state, "planned"),
 )

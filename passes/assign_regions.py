@@ -13,12 +13,12 @@ import networkx as nx
 from torch import fx
 
 from deltafx.ops import delta_op, is_view
-from deltafx.ops.base import Call, constant, value
-from deltafx.ops.conv2d import conv2d
+from deltafx.ops.base import Call, value
 from deltafx.ops.encode import encode
 from deltafx.ops.gather_channels import gather_channels
 from deltafx.ops.pad2d import pad2d
-from deltafx.passes.context import Context, insert_call
+from deltafx.passes.context import Context, insert_call, only_user
+from deltafx.passes.fuse_separables import is_depthwise, is_pointwise, is_separable
 
 
 def assign_regions(gm: fx.GraphModule, context: Context) -> int:
@@ -84,21 +84,10 @@ def _insert_encodes(gm: fx.GraphModule, context: Context) -> None:
 
 
 def _truncates(node: fx.Node) -> bool:
-    """Whether comparing pays: not for copies, nor between an expansion and its depthwise conv."""
+    """Whether comparing pays: not for copies, nor inside an inverted residual."""
     if node.target in (gather_channels, pad2d):
         return False
-    if node.target is conv2d and node.users and _is_pointwise(node):
-        return not all(_is_depthwise(user) for user in node.users)
-    return True
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    weight = constant(node.kwargs["weight"])
-    return weight is not None and tuple(weight.shape[2:]) == (1, 1)
-
-
-def _is_depthwise(node: fx.Node) -> bool:
-    if node.target is not conv2d:
-        return False
-    weight = constant(node.kwargs["weight"])
-    return weight is not None and weight.shape[1] == 1 and bool(node.kwargs["groups"] != 1)
+    if node.users and is_pointwise(node):
+        return not all(is_depthwise(user) for user in node.users)
+    reader = only_user(node)
+    return reader is None or not is_separable(reader) or reader.kwargs["x"] is not node

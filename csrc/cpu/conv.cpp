@@ -83,7 +83,7 @@ void conv(const ConvParams& p) {
     p.out.counts[0] = p.out.counts[1] = 0;
     return;
   }
-  const ConvLayout layout = conv_layout(g);
+  const ConvLayout layout = conv_layout(product_geometry(p));
   if (layout.phases.size() > 1) return conv_phases(p, layout, sites, count);
   uint8_t* active = scratch_of<uint8_t>(Scratch::flags, count);
   std::memset(active, 0, static_cast<size_t>(count));

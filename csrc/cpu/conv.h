@@ -62,11 +62,21 @@ int64_t conv_weight_size(const ConvGeometry& geometry);
 // packed: conv_weight_size(geometry) floats.
 void pack_conv_weight(const ConvGeometry& geometry, const float* weight, float* packed);
 
+// The first half of a separable convolution, computed on the way to the product and never stored.
+struct Depthwise {
+  const float* weight;  // packed [tap][channel]; null: there is none
+  const float* bias;    // null: none
+  Activation act;
+};
+
+// With a depthwise half, `geometry` is its window, from cin channels to cout channels, and the
+// product is over the channels alone.
 struct ConvParams {
   Output out;
   FeatureMap x;
   Mask x_mask;
   ConvGeometry geometry;
+  Depthwise depthwise;
   const float* weight;  // packed
   const float* bias;    // null: none
   FeatureMap residual;  // data null: none
@@ -81,6 +91,16 @@ struct ConvParams {
 // The input coordinate from which taps are counted.
 inline int64_t conv_base(const ConvGeometry& g, const Window& w, int64_t o) {
   return g.transposed ? (o + w.pad) / w.stride : o * w.stride - w.pad;
+}
+
+// What the packed weight of the product is laid out for.
+inline ConvGeometry product_geometry(const ConvParams& p) {
+  constexpr Window point{1, 1, 0, 1};
+  if (p.depthwise.weight == nullptr) return p.geometry;
+  return {point, point, p.geometry.cin, p.geometry.cout, 1, false};
+}
+inline ConvGeometry depthwise_geometry(const ConvParams& p) {
+  return {p.geometry.y, p.geometry.x, p.geometry.cin, p.geometry.cin, p.geometry.cin, false};
 }
 
 // Between neighbouring sites of a phase: their distance, and that of their bases.

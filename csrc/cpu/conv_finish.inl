@@ -22,6 +22,9 @@ inline Clamp clamp_of(const Activation& act) {
   }
 }
 
+// Results of this size are not in the caches any more when the next op reads them.
+constexpr int64_t kStreamBytes = 8 << 20;
+
 template <class T>
 struct Finish {
   const ConvParams& p;
@@ -29,11 +32,18 @@ struct Finish {
   float threshold;
   Policy policy;  // none and exact comparison are told apart by `exact`
   bool exact;
+  bool streams;  // every candidate is written, past the caches
 
-  explicit Finish(const ConvParams& params) : p(params), clamp(clamp_of(params.act)) {
+  // `sites`: how many candidates the op has.
+  Finish(const ConvParams& params, int64_t sites) : p(params), clamp(clamp_of(params.act)) {
     policy = p.out.truncation.policy;
     threshold = policy == Policy::none ? 0.f : *p.out.truncation.threshold;
     exact = policy != Policy::none && threshold == 0.f;
+    const FeatureMap& acc = p.out.acc;
+    streams = kStreams && policy == Policy::none && clamp.is && std::is_same_v<T, float> &&
+              acc.c % kLanes == 0 && acc.ld % kLanes == 0 &&
+              reinterpret_cast<uintptr_t>(acc.data) % sizeof(Vec) == 0 &&
+              sites * acc.c * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   }
 
   T* acc_at(int64_t site, int64_t first) const {
@@ -45,6 +55,7 @@ struct Finish {
 
   // Starts fetching what rows() will compare with.
   DELTAFX_INLINE void prefetch(int64_t site, int64_t first, int64_t c) const {
+    if (streams) return;
     const char* acc = reinterpret_cast<const char*>(acc_at(site, first));
     const int64_t bytes = c * static_cast<int64_t>(sizeof(T));
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(acc + b, 1);
@@ -125,6 +136,12 @@ struct Finish {
       for (int i = 0; i < V; ++i) v[i] = rounded_to(v[i], acc);
       v[V - 1] = only_lanes(v[V - 1], lanes);
       if (policy != Policy::none && !differs<V>(v, acc, first, c, lanes)) continue;
+      if (std::is_same_v<Lanes, AllLanes> && streams) {
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i) stream(acc + i * kLanes, v[i]);
+        set(active + r);
+        continue;
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < V - 1; ++i) store(acc + i * kLanes, v[i]);
       store_lanes(acc + (V - 1) * kLanes, v[V - 1], lanes);

@@ -16,19 +16,21 @@ struct RowGroup {
   int first, rows;  // within the block
 };
 
-// What one conv_phase call does with a block of candidates.
+// What one conv_phase call does with blocks of candidates.
 template <class T>
 class ConvBlock {
  public:
   ConvBlock(const ConvParams& p, const ConvSites& work)
-      : p_(p), work_(work), layout_(work.layout), finish_(p) {
+      : p_(p), work_(work), layout_(work.layout), finish_(p, work.count) {
     taps_ = static_cast<int64_t>(work.phase.taps.size());
     k_ = taps_ * layout_.cin;
     lda_ = row_stride(k_);
     const ConvGeometry& g = p.geometry;
+    if (p.depthwise.weight != nullptr) depthwise_.emplace(p);
     direct_ = std::is_same_v<T, float> && p.pre_scale == nullptr && layout_.groups == 1 &&
-              !g.transposed && g.y.kernel == 1 && g.x.kernel == 1 && g.y.stride == 1 &&
-              g.x.stride == 1 && g.y.pad == 0 && g.x.pad == 0 && p.x.ld % 512 != 0;
+              p.depthwise.weight == nullptr && !g.transposed && g.y.kernel == 1 &&
+              g.x.kernel == 1 && g.y.stride == 1 && g.x.stride == 1 && g.y.pad == 0 &&
+              g.x.pad == 0 && p.x.ld % 512 != 0;
   }
 
   static int64_t max_rows(const ConvSites& work) {
@@ -67,6 +69,14 @@ class ConvBlock {
     const int32_t* sites = work_.sites + begin;
     const int64_t count = groups[n - 1].first + groups[n - 1].rows;
     float* rows = scratch_of<float>(Scratch::rows, count * lda_ + kRowSlack);
+    if (depthwise_) {
+      depthwise_->rows(sites, count, rows, lda_);
+      for (int i = 0; i < n; ++i) {
+        groups[i].a = rows + groups[i].first * lda_;
+        groups[i].lda = lda_;
+      }
+      return;
+    }
     const Gather<T> gather(p_, work_.phase, first_channel, layout_.cin);
     const ConvGeometry& g = p_.geometry;
     const int64_t out_step = conv_out_step(g), in_step = conv_in_step(g);
@@ -171,6 +181,7 @@ class ConvBlock {
   const ConvSites& work_;
   const ConvLayout& layout_;
   Finish<T> finish_;
+  std::optional<DepthwiseRows<T>> depthwise_;
   int64_t taps_, k_, lda_;
   bool direct_;  // rows of consecutive sites are read where they lie
 };
@@ -215,13 +226,18 @@ inline void conv_phase_as(const ConvParams& p, const ConvSites& work) {
   int64_t blocks = (n + rows - 1) / rows;
   if (splits == 1 && blocks < 4 * threads) blocks = (blocks + threads - 1) / threads * threads;
   if (blocks > n) blocks = n;
-  const int64_t tasks = blocks * splits;
+  // Blocks in a row share the rows of their windows, so a thread takes some at once.
+  const int64_t at_once = blocks < 32 * threads ? 1 : blocks / (16 * threads);
+  const int64_t runs = (blocks + at_once - 1) / at_once, tasks = runs * splits;
   for_tasks(tasks, threads < tasks ? threads : tasks, [&](int64_t task) {
-    const int64_t block = task / splits, split = task % splits;
+    const int64_t first = task / splits * at_once, split = task % splits;
+    const int64_t last = first + at_once < blocks ? first + at_once : blocks;
     const int64_t c0 = split * per_split * kTruncationGroup;
     const int64_t c1 = c0 + per_split * kTruncationGroup;
-    ConvBlock<T>(p, work).run(n * block / blocks, n * (block + 1) / blocks, c0,
-                              c1 < channels ? c1 : channels);
+    ConvBlock<T> block(p, work);
+    for (int64_t b = first; b < last; ++b)
+      block.run(n * b / blocks, n * (b + 1) / blocks, c0, c1 < channels ? c1 : channels);
+    fence();
   });
 }
 

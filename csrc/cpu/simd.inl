@@ -58,6 +58,23 @@ DELTAFX_INLINE void store(BF16* p, Vec v) {
   __builtin_memcpy(p, &half, sizeof half);
 }
 
+// A store past the caches, to memory that is not read again soon: no line is fetched to be filled.
+// `p` is aligned to a vector. fence() comes before another thread may read what was streamed.
+#if defined(__x86_64__) && DELTAFX_LANES == 16
+constexpr bool kStreams = true;
+DELTAFX_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
+DELTAFX_INLINE void fence() { _mm_sfence(); }
+#elif defined(__x86_64__) && DELTAFX_LANES == 8
+constexpr bool kStreams = true;
+DELTAFX_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+DELTAFX_INLINE void fence() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;
+DELTAFX_INLINE void stream(float* p, Vec v) { store(p, v); }
+DELTAFX_INLINE void fence() {}
+#endif
+DELTAFX_INLINE void stream(BF16* p, Vec v) { store(p, v); }
+
 // The first `count` (< kLanes) lanes; the others are 0. Masked where the ISA can: a copy through
 // lanes in memory stalls, and rows of few channels are all tail.
 template <class T>

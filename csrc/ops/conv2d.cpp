@@ -23,12 +23,7 @@ void conv2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
       conv_params({acc, mask, counts, x, x_mask, weight, bias, residual, residual_mask,
                    residual_after_act, act, act_params, act_weight, inv_scale, threshold, policy},
                   wy, wx, groups, /*transposed=*/false);
-  const auto size = [](int64_t in, const Window& w) {
-    return (in + 2 * w.pad - w.dilation * (w.kernel - 1) - 1) / w.stride + 1;
-  };
-  TORCH_CHECK_VALUE(p.out.acc.h == size(p.x.h, wy) && p.out.acc.w == size(p.x.w, wx),
-                    "deltafx: the accumulator is ", p.out.acc.h, " x ", p.out.acc.w,
-                    " but this convolution of x gives ", size(p.x.h, wy), " x ", size(p.x.w, wx));
+  check_conv_size(p);
   TORCH_CHECK_VALUE(pre_scale.has_value() == pre_shift.has_value(),
                     "deltafx: pre_scale and pre_shift go together");
   TORCH_CHECK_VALUE(pre_scale.has_value() || pre_act == "identity",

@@ -48,6 +48,16 @@ ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Windo
   return p;
 }
 
+void check_conv_size(const ConvParams& p) {
+  const auto size = [](int64_t in, const Window& w) {
+    return (in + 2 * w.pad - w.dilation * (w.kernel - 1) - 1) / w.stride + 1;
+  };
+  const int64_t h = size(p.x.h, p.geometry.y), w = size(p.x.w, p.geometry.x);
+  TORCH_CHECK_VALUE(p.out.acc.h == h && p.out.acc.w == w, "deltafx: the accumulator is ",
+                    p.out.acc.h, " x ", p.out.acc.w, " but this convolution of x gives ", h, " x ",
+                    w);
+}
+
 #ifdef DELTAFX_CUDA
 namespace {
 
@@ -72,7 +82,7 @@ void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc) {
 #ifdef DELTAFX_CUDA
   if (acc.is_cuda()) return run_conv_on_cuda(p, weight, acc);
 #endif
-  p.weight = floats_of(weight, conv_weight_size(p.geometry), acc, "weight");
+  p.weight = floats_of(weight, conv_weight_size(product_geometry(p)), acc, "weight");
   conv(p);
 }
 

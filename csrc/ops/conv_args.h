@@ -28,6 +28,8 @@ struct ConvArgs {
 // Everything but the prologue and the weight. `window_y` and `window_x` come from window_of.
 ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Window& window_x,
                        int64_t groups, bool transposed);
+// Refuses an accumulator that is not of the size of an ordinary convolution's result.
+void check_conv_size(const ConvParams& p);
 // Runs it with a weight that was packed for the device of `acc`. fp32 on CUDA rounds its operands
 // to tf32 where torch.backends.cudnn.allow_tf32 lets the dense convolution do so.
 void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc);

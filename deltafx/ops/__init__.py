@@ -26,6 +26,7 @@ from deltafx.ops import (
     pad2d,
     pool2d,
     resize2d,
+    separable_conv2d,
     views,
 )
 from deltafx.ops.base import DeltaOp, Raised
@@ -36,6 +37,7 @@ fakes.register()
 _MODULES = (
     encode,
     conv2d,
+    separable_conv2d,
     conv_transpose2d,
     pool2d,
     adaptive_pool2d,

@@ -15,6 +15,7 @@ from torch import Tensor
 OPERATORS = (
     "encode",
     "conv2d",
+    "separable_conv2d",
     "conv_transpose2d",
     "pool2d",
     "adaptive_pool2d",

@@ -62,7 +62,15 @@ def test_an_expansion_does_not_truncate_before_its_depthwise_convolution():
     net = tiny(lambda m, x: m.b(m.depth(m.b(x))))
     gm, _ = rewritten(assign_regions, net, whole(1, 2, 5, 5))
     truncates = {n.name: n.meta["truncates"] for n in gm.graph.nodes if delta_op(n)}
-    assert truncates == {"input_0_encoded": True, "b": False, "depth": True, "b_1": True}
+    assert truncates == {"input_0_encoded": True, "b": False, "b_1": True}
+
+
+def test_an_expansion_does_not_truncate_before_a_depthwise_convolution_by_itself():
+    net = tiny(lambda m, x: m.depth(m.b(x)).sigmoid() * 2)
+    gm, _ = rewritten(assign_regions, net, whole(1, 2, 5, 5))
+    truncates = {n.name: n.meta["truncates"] for n in gm.graph.nodes if delta_op(n)}
+    assert truncates["b"] is False
+    assert truncates["depth"] is True
 
 
 def test_an_expansion_that_others_read_too_truncates():
