@@ -23,18 +23,21 @@ struct GemmParams {
   Output out;
   Activation act;
   FeatureMap x;
+  Mask x_mask;
   const void* weight;
   const float* bias;
   FeatureMap residual;
+  Mask residual_mask;
   bool residual_after_act;
   const float* pre_scale;
   const float* pre_shift;
   Activation pre_act;
   GemmAxis y, x_axis;
-  int depth;                                           // taps * cin
-  int packed_depth;                                    // row length of the packed weights
-  int cluster;                                         // blocks that may share one tile's depth
-  bool acc_aligned, residual_aligned, scales_aligned;  // the last: bias and inv_scale
+  int depth;                            // taps * cin
+  int packed_depth;                     // row length of the packed weights
+  int cluster;                          // blocks that may share one tile's depth
+  bool acc_aligned, residual_aligned;
+  bool lists_itself;                    // the kernel finds the candidates, there is no list
   CandidateList list;
 };
 

@@ -88,6 +88,11 @@ __device__ __forceinline__ void store_vector(T* p, int count, bool aligned,
   }
 }
 
+// load_vector for a few constants, whose alignment is seen here.
+__device__ __forceinline__ void load_floats(const float* p, int count, float (&v)[kVector]) {
+  load_vector(p, count, count >= kVector && reinterpret_cast<uintptr_t>(p) % 16 == 0, v);
+}
+
 // load_vector for a type known at run time only.
 __device__ __forceinline__ void load_any(const void* data, DType dtype, int64_t offset, int count,
                                          bool aligned, float (&v)[kVector]) {
