@@ -1,6 +1,6 @@
-// Candidate lists on the device: a kernel appends the candidates of an op to its list, counting them
-// in the op's counts[0], which clear_masks has cleared. No count ever leaves the device. Sites that a
-// thread finds stay together and in order; nothing depends on the order of the rest.
+// Candidate lists on the device: a kernel appends the candidates of an op to its list, counting
+// them in the op's counts[0], which clear_masks has cleared. No count ever leaves the device. Sites
+// that a thread finds stay together and in order; nothing depends on the order of the rest.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -21,7 +21,7 @@ __device__ __forceinline__ void add_to(int64_t* count, int more) {
 // reader puts *end down in *next_begin.
 struct CandidateList {
   int32_t* entries;
-  int64_t* end;         // the op's counts[0]
+  int64_t* end;          // the op's counts[0]
   const int32_t* begin;  // null: 0
   int32_t* next_begin;   // null: this is the last part
 
@@ -45,7 +45,9 @@ inline CandidateList list_in(int32_t* memory, int64_t* counts, int part = 0, int
           part + 1 < parts ? memory + (part + 1) % 2 : nullptr};
 }
 
-// Bytes x to x + 7 of a row of a mask, row = n * h + y; 0 outside of it.
+// Bytes x to x + 7 of a row of a mask, row = n * h + y; 0 outside of it. kSlack: the eight bytes
+// before and after the mask may be read too.
+template <bool kSlack = false>
 __device__ __forceinline__ uint64_t eight_bytes(const Mask& mask, int row, int x) {
   const int w = static_cast<int>(mask.w);
   if (x <= -8 || x >= w) return 0;
@@ -54,9 +56,12 @@ __device__ __forceinline__ uint64_t eight_bytes(const Mask& mask, int row, int x
   const auto* words = reinterpret_cast<const uint64_t*>(address & ~uintptr_t{7});
   const unsigned shift = address % 8 * 8;
   uint64_t v = 0;
-  if (reinterpret_cast<const uint8_t*>(words) >= mask.data &&
-      reinterpret_cast<const uint8_t*>(words + (shift != 0 ? 2 : 1)) <=
-          mask.data + mask.n * mask.h * mask.w) {
+  if (kSlack) {
+    const uint64_t low = words[0], high = words[1];
+    v = shift != 0 ? low >> shift | high << (64 - shift) : low;
+  } else if (reinterpret_cast<const uint8_t*>(words) >= mask.data &&
+             reinterpret_cast<const uint8_t*>(words + (shift != 0 ? 2 : 1)) <=
+                 mask.data + mask.n * mask.h * mask.w) {
     v = words[0] >> shift;
     if (shift != 0) v |= words[1] << (64 - shift);
   } else {
@@ -99,17 +104,23 @@ __device__ __forceinline__ uint32_t flags_of(const Query& query, Position at, in
 
 // The sites [n, h, w] in runs of kFlags of a row.
 struct SiteRuns {
-  int n, h, w, per_row;
-  __host__ __device__ SiteRuns(int n_, int h_, int w_)
-      : n(n_), h(h_), w(w_), per_row((w_ + kFlags - 1) / kFlags) {}
-  __host__ __device__ int count() const { return n * h * per_row; }
+  int h, w, size;
+  Divisor per_row, rows;
+  SiteRuns() = default;
+  explicit SiteRuns(const FeatureMap& map)
+      : h(static_cast<int>(map.h)),
+        w(static_cast<int>(map.w)),
+        size(static_cast<int>(map.n * map.h) * ((w + kFlags - 1) / kFlags)),
+        per_row((w + kFlags - 1) / kFlags),
+        rows(h) {}
+  __host__ __device__ int count() const { return size; }
   // The first site of a run, as an index, and what the query says of the run.
   template <class Query>
   __device__ uint32_t flags(const Query& query, int run, int* site) const {
-    const unsigned row = static_cast<unsigned>(run) / per_row, stream = row / h;
-    const int x = (run - static_cast<int>(row) * per_row) * kFlags;
-    *site = static_cast<int>(row) * w + x;
-    const Position at{static_cast<int>(stream), static_cast<int>(row - stream * h), x};
+    const int row = per_row.divide(run), stream = rows.divide(row);
+    const int x = (run - row * per_row.value) * kFlags;
+    *site = row * w + x;
+    const Position at{stream, row - stream * h, x};
     return flags_of(query, at, min(kFlags, w - x), 0);
   }
 };
@@ -148,8 +159,8 @@ __global__ void __launch_bounds__(kListThreads)
   const int before = sum_before<kListThreads>(__popc(flags), warps, &total);
   if (total == 0) return;
   if (threadIdx.x == 0)
-    first = static_cast<int>(
-        atomicAdd(reinterpret_cast<Count*>(list.end), static_cast<Count>(total)));
+    first =
+        static_cast<int>(atomicAdd(reinterpret_cast<Count*>(list.end), static_cast<Count>(total)));
   __syncthreads();
   int32_t* to = list.entries + first + before;
   for (; flags != 0; flags &= flags - 1) *to++ = site + __ffs(static_cast<int>(flags)) - 1;
@@ -159,7 +170,7 @@ __global__ void __launch_bounds__(kListThreads)
 template <class Query>
 cudaError_t list_candidates(const Query& query, const FeatureMap& acc, const CandidateList& list,
                             cudaStream_t stream) {
-  const SiteRuns runs(static_cast<int>(acc.n), static_cast<int>(acc.h), static_cast<int>(acc.w));
+  const SiteRuns runs(acc);
   const int blocks = (runs.count() + kListThreads - 1) / kListThreads;
   return launch(list_kernel<Query>, {blocks, kListThreads}, stream, query, runs, list);
 }

@@ -76,8 +76,10 @@ bool takes_depthwise(const GemmParams& p, const ConvGeometry& g) {
 
 // Whether the kernel finds the candidates by itself: of a small map that no other operator marks.
 bool lists_itself(const GemmParams& p, const ConvGeometry& g) {
-  return p.out.acc.ld == p.out.acc.c && can_list_itself(p.out.mask, p.x_mask, p.residual_mask) &&
-         (takes_depthwise(p, g) || (p.x.c > 4 && on_hopper(p, g)));
+  return p.out.acc.ld == p.out.acc.c &&
+         can_list_itself(p.out.acc, p.x_mask, p.residual_mask,
+                         ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis}.is_pointwise()) &&
+         (takes_depthwise(p, g) || (p.x.c > 4 && on_hopper(p, g) && !conv_hopper_is_large(p)));
 }
 
 cudaError_t run_phase(const GemmParams& p, const ConvLaunch& launch, cudaStream_t stream) {
@@ -161,6 +163,10 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
   p.pre_act = c.pre_act;
   p.acc_aligned = is_aligned(c.out.acc);
   p.residual_aligned = is_aligned(c.residual);
+  p.runs = SiteRuns(c.out.acc);
+  p.w = Divisor(static_cast<int>(c.out.acc.w));
+  p.h = Divisor(static_cast<int>(c.out.acc.h));
+  p.sites = static_cast<int>(sites);
   const std::vector<Phase> phases = conv_phases(g, dtype);
   const int parts = static_cast<int>(phases.size());
   for (int i = 0; i < parts; ++i) {

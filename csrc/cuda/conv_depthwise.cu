@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   auto* own_list = reinterpret_cast<uint16_t*>(shared + kOwnMaskBytes);
   if (p.lists_itself) {
     const ConvQuery query{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr};
-    size = list_own<kThreads>(query, p.out, shared, own_list);
+    size = list_own<kThreads>(query, p.runs, p.out, shared, own_list);
   } else {
     first_entry = p.list.first();
     size = p.list.last() - first_entry;
@@ -57,17 +57,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const FeatureMap& acc = p.out.acc;
   const FastActivation act(p.act);
   const int channels = static_cast<int>(acc.c), lane = static_cast<int>(threadIdx.x) % 32;
-  const int groups = (channels + static_cast<int>(kTruncationGroup) - 1) /
-                     static_cast<int>(kTruncationGroup);
+  const int groups =
+      (channels + static_cast<int>(kTruncationGroup) - 1) / static_cast<int>(kTruncationGroup);
   const int work = size * groups;
   const int warp = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) / 32;
   constexpr int kUnits = 32 / kLanes;  // of a warp
-  int found = 0;
-  for (int first = warp * kUnits; first < work; first += static_cast<int>(gridDim.x) * kThreads / kLanes) {
+  SiteMarks marks;
+  for (int first = warp * kUnits; first < work;
+       first += static_cast<int>(gridDim.x) * kThreads / kLanes) {
     const int own = first + lane / kLanes;
     const bool valid = own < work;
     const int entry = valid ? own / groups : 0, group = own - own / groups * groups;
-    const int site = !valid              ? 0
+    const int site = !valid           ? 0
                      : p.lists_itself ? static_cast<int>(own_list[entry])
                                       : site_in(p.list.entries[first_entry + entry]);
     const int c0 = group * static_cast<int>(kTruncationGroup) + lane % kLanes * kVector;
@@ -75,11 +76,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     float y[kVector] = {}, old[kVector] = {};
     T* to = static_cast<T*>(acc.data) + site * acc.ld + c0;
     if (count > 0) {
-      const Position at = position_of(site, static_cast<int>(acc.h), static_cast<int>(acc.w));
+      const Position at = position_of(site, p.h, p.w);
       const int top = p.y.base(at.y), left = p.x_axis.base(at.x);
       const T* weights = static_cast<const T*>(p.weight) + c0;
-      const T* row = static_cast<const T*>(p.x.data) +
-                     ((at.n * p.x.h + top) * p.x.w + left) * p.x.ld + c0;
+      const T* row =
+          static_cast<const T*>(p.x.data) + ((at.n * p.x.h + top) * p.x.w + left) * p.x.ld + c0;
       const int64_t pitch = p.y.phase.step * p.x.w * p.x.ld;
       const auto inside = [&](int jy) {
         const int iy = top + jy * p.y.phase.step;
@@ -90,8 +91,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       if constexpr (kTaps == 3) {
         TapRow<T, kTaps> rows[3];
 #pragma unroll
-        for (int jy = 0; jy < 3; ++jy)
-          rows[jy].fetch(p, row + jy * pitch, left, inside(jy));
+        for (int jy = 0; jy < 3; ++jy) rows[jy].fetch(p, row + jy * pitch, left, inside(jy));
         if (p.bias != nullptr) load_floats(p.bias + c0, kVector, y);
 #pragma unroll
         for (int jy = 0; jy < 3; ++jy)
@@ -116,9 +116,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const bool changed = rule.template changed<kLanes>(y, old);
     if (!valid || !changed) continue;
     if (count > 0) store_vector(to, count, true, y);
-    if (lane % kLanes == 0) found += mark_site(p, site, first_entry + entry);
+    if (lane % kLanes == 0) marks.set(p, site, first_entry + entry);
   }
-  found = __reduce_add_sync(kAllLanes, found);
+  const int found = __reduce_add_sync(kAllLanes, marks.count());
   if (lane == 0 && found > 0) add_to(p.out.counts + 1, found);
 }
 

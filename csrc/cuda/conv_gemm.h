@@ -33,12 +33,15 @@ struct GemmParams {
   const float* pre_shift;
   Activation pre_act;
   GemmAxis y, x_axis;
-  int depth;                            // taps * cin
-  int packed_depth;                     // row length of the packed weights
-  int cluster;                          // blocks that may share one tile's depth
+  int depth;         // taps * cin
+  int packed_depth;  // row length of the packed weights
+  int cluster;       // blocks that may share one tile's depth
   bool acc_aligned, residual_aligned;
-  bool lists_itself;                    // the kernel finds the candidates, there is no list
+  bool lists_itself;  // the kernel finds the candidates, there is no list
   CandidateList list;
+  SiteRuns runs;  // of the accumulator
+  Divisor w, h;   // of the accumulator
+  int sites;      // of the accumulator
 };
 
 cudaError_t conv_gemm_f16(const GemmParams& p, cudaStream_t stream);

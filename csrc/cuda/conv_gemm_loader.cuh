@@ -31,8 +31,7 @@ struct GemmRow {
 
   __device__ GemmRow() {}
   __device__ GemmRow(const GemmParams& p, int site_or_none) : taps(0), site(site_or_none) {
-    const Position at = position_of(site < 0 ? 0 : site, static_cast<int>(p.out.acc.h),
-                                    static_cast<int>(p.out.acc.w));
+    const Position at = position_of(site < 0 ? 0 : site, p.h, p.w);
     y = site < 0 ? -(1 << 30) : p.y.base(at.y);
     x = p.x_axis.base(at.x);
     from = static_cast<const T*>(p.x.data) + ((at.n * p.x.h + p.y.base(at.y)) * p.x.w + x) * p.x.ld;

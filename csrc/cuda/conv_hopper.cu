@@ -27,4 +27,13 @@ bool conv_hopper_takes(const GemmParams& p) {
 #endif
 }
 
+bool conv_hopper_is_large(const GemmParams& p) {
+  // Large tiles halve what is read for a product. They pay where a twentieth of the sites fills the
+  // device with them, and in deep convolutions of middling maps, whose depth is split.
+  const int64_t tiles = p.out.acc.sites() / 128 * (p.out.acc.c / 128);
+  const int64_t multiprocessors = current_device().multiprocessors;
+  const bool deep = p.packed_depth >= 1024 && tiles * p.packed_depth >= 3072 * multiprocessors;
+  return p.out.acc.c % 128 == 0 && p.x.c > 4 && (deep || tiles >= 20 * multiprocessors);
+}
+
 }  // namespace deltafx::cuda

@@ -106,6 +106,24 @@ __device__ __forceinline__ void load_any(const void* data, DType dtype, int64_t 
   }
 }
 
+// Divides numbers from 0 to 2^31 - 1 by a number that the host knows, by a multiplication.
+struct Divisor {
+  int value;
+  uint32_t factor;
+  int shift;
+  Divisor() = default;
+  explicit Divisor(int d) : value(d), factor(0), shift(0) {
+    int bits = 0;
+    while ((int64_t{1} << bits) < d) ++bits;
+    if (d == 1) return;
+    factor = static_cast<uint32_t>(((uint64_t{1} << (31 + bits)) + d - 1) / d);
+    shift = bits - 1;
+  }
+  __device__ __forceinline__ int divide(int n) const {
+    return factor == 0 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), factor) >> shift);
+  }
+};
+
 struct Position {
   int n, y, x;
 };
@@ -113,6 +131,11 @@ __device__ __forceinline__ Position position_of(int site, int h, int w) {
   const unsigned row = static_cast<unsigned>(site) / w, n = row / h;
   return {static_cast<int>(n), static_cast<int>(row - n * h),
           static_cast<int>(static_cast<unsigned>(site) - row * w)};
+}
+
+__device__ __forceinline__ Position position_of(int site, const Divisor& h, const Divisor& w) {
+  const int row = w.divide(site), n = h.divide(row);
+  return {n, row - n * h.value, site - row * w.value};
 }
 
 // Whether a site that no input reaches has lost its constant: its accumulator is NaN.

@@ -27,6 +27,7 @@ Tensor taps_of(const Tensor& weight, const cuda::PhaseAxis& axis, int64_t dim) {
 // [columns, depth], both in whole blocks, as conv.h tells.
 Tensor in_blocks(const Tensor& matrix, DType dtype) {
   constexpr int64_t kRows = cuda::kWeightRows, kChunks = 8;
+  if (matrix.numel() == 0) return matrix.reshape({-1});
   const int64_t chunk = 16 / (dtype == DType::f32 ? 4 : 2);
   std::vector<int64_t> channels, chunks;
   for (int row = 0; row < kRows; ++row) {
