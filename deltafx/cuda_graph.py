@@ -176,7 +176,6 @@ class FrameGraph:
             head = self._runner(self._parts.head)
 
             def frame() -> list[Any]:
-                self._tensors[COUNTS].zero_()  # of nodes that a branch does not run
                 head()
                 torch.ops.deltafx.branch(
                     self._state, masks, self._parts.may_skip, self._dense_above, bodies
@@ -236,9 +235,13 @@ def _record(
                 failure = error
                 raise
     except RuntimeError as error:
-        # torch ends a capture that failed with another error, and leaves its allocator capturing.
+        # torch ends a capture that failed with another error, and leaves its allocator and its
+        # generator of random numbers capturing.
+        device = torch.cuda.current_device()
         with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_endAllocateToPool(device, pool)
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
         torch.cuda.synchronize()
         raise failure or error from None
     return graph, returned

@@ -69,12 +69,13 @@ def conv2d_everywhere(
             )
         )  # fmt: skip
         return
-    x = prologue(x, pre_scale, pre_shift, pre_act)
+    # cuDNN would copy a slice of channels as well.
+    x = prologue(x, pre_scale, pre_shift, pre_act).contiguous(memory_format=torch.channels_last)
     cudnn = torch.backends.cudnn
     plain = act == "identity" or (
         act == "relu" and not (residual_after_act and residual is not None)
     )
-    if plain and groups == 1 and all(_is_whole(t) for t in (acc, x, residual)):
+    if plain and groups == 1 and all(_is_whole(t) for t in (acc, residual)):
         try:
             torch.ops.deltafx.conv2d_bias_act(
                 acc, x, weight, rounded_bias, residual, stride, padding, dilation, groups,

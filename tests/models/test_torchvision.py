@@ -88,12 +88,13 @@ def scene(size: tuple[int, int]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", parameters())
-def test_as_exact_as_the_dense_model(name: str) -> None:
+def test_as_exact_as_the_dense_model(name: str, device: torch.device) -> None:
     size = size_of(name)
-    model = load(name, size)
+    model = load(name, size).to(device)
     compiled = deltafx.compile(model, threshold=0)
     oracle = Oracle(model)
     for i, frame in enumerate(scene(size)):
+        frame = frame.to(device)
         oracle.compare(compiled(frame), frame)
         if i == 2:
             encodes = {n.name for n in compiled.explain() if n.op == "encode"}

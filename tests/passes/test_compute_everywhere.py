@@ -1,5 +1,6 @@
 """compute_everywhere, and how a frame is cut behind the comparison of its inputs."""
 
+import pytest
 import torch
 from torch import fx, nn
 
@@ -11,6 +12,8 @@ from deltafx.passes.plan_state import plan_state
 from deltafx.state import COUNTS, MASKS, NOT_FINITE, allocate
 from deltafx.verify import verify
 from tests.passes.graphs import Tiny, before, whole
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 def everywhere_of(net, x):

@@ -10,6 +10,8 @@ from deltafx.passes.normalize_graph import drop_identities, split_into_slices
 from deltafx.verify import verify
 from tests.passes.graphs import Tiny, TinyPair, assert_same, calls, node, normalized, run, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def check(model, *xs):
     """The normalized graph, which computes what the model computes and leaves its input alone."""
