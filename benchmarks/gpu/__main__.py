@@ -74,6 +74,13 @@ def parse() -> argparse.Namespace:
         default=["resnet50_1", "mobilenet_v2_1"],
         help="the workloads for compile_max_autotune, which takes minutes each",
     )
+    parser.add_argument("--tf32", nargs="*", default=["resnet50_1"], help="the workloads for tf32")
+    parser.add_argument(
+        "--switch",
+        nargs="*",
+        default=["resnet50_16", "resnet50_1", "mobilenet_v2_16"],
+        help="the workloads for which to find where a dense frame is the faster one",
+    )
     parser.add_argument("--boxes", nargs="*", type=float, default=[0.01, 0.05, 0.1, 0.25])
     parser.add_argument("--threshold", type=float, default=0.1, help="for all clips but vtest")
     parser.add_argument("--rounds", type=int, default=5)
@@ -103,7 +110,13 @@ def run_workload(workload: Workload, args: argparse.Namespace, limits: dict[str,
         result["dense"][column] = found
         print(f"  {workload.name} {column}: {found}", flush=True)
     best = min((d["mean"] for d in result["dense"].values() if "mean" in d), default=None)
+    if workload.name in args.switch:
+        result["switch"] = switch_point(workload, half, args)
+        print(f"  {workload.name} switch: {result['switch']}", flush=True)
+        release()
     for column in args.ours:
+        if column == "tf32" and workload.name not in args.tf32:
+            continue
         model = half if column == "fp16" else exact
         ours = Ours(model, torch.float16 if column == "fp16" else torch.float32, args, limits)
         for name, clip in clips.items():
@@ -181,6 +194,22 @@ def time_dense(
         if column in COMPILED:
             torch._dynamo.reset()
     return dataclasses.asdict(timing)
+
+
+def switch_point(workload: Workload, half: nn.Module, args: argparse.Namespace) -> dict[str, float]:
+    """Mean milliseconds of a frame by the share of a box, never dense; and of dense frames."""
+    found = {}
+    for dense_above, shares in ((1.0, (0.1, 0.2, 0.3, 0.4, 0.5)), (0.0, (0.3,))):
+        ours = deltafx.compile(half, threshold=args.threshold, dense_above=dense_above)
+        for share in shares:
+            size = (workload.streams, workload.height, workload.width)
+            clip = scenes.moving_box(*size, share, 4)
+            frames = [scenes.normalized(rgb, "cuda").half() for rgb in clip]
+            for frame in frames:
+                ours(frame)
+            name = "dense" if dense_above == 0 else f"box_{share}"
+            found[name] = time_frames(ours, frames, 2).mean
+    return found
 
 
 class Ours:
