@@ -81,6 +81,12 @@ def parse() -> argparse.Namespace:
         default=["resnet50_16", "resnet50_1", "mobilenet_v2_16"],
         help="the workloads for which to find where a dense frame is the faster one",
     )
+    parser.add_argument(
+        "--host",
+        nargs="*",
+        default=["resnet50_16", "resnet50_1", "mobilenet_v2_1"],
+        help="the workloads for which to trace what a frame asks of the host",
+    )
     parser.add_argument("--boxes", nargs="*", type=float, default=[0.01, 0.05, 0.1, 0.25])
     parser.add_argument("--threshold", type=float, default=0.1, help="for all clips but vtest")
     parser.add_argument("--rounds", type=int, default=5)
@@ -123,7 +129,7 @@ def run_workload(workload: Workload, args: argparse.Namespace, limits: dict[str,
             found = ours.run(clip, exact, search=name == "vtest")
             if best is not None:
                 found["ratio_to_best_dense"] = best / found["mean"]
-            if name in ("box_0.05", "nothing", "everything"):
+            if workload.name in args.host and name in ("box_0.05", "nothing", "everything"):
                 found["host"] = host_work(ours.compiled, [ours.frame(rgb) for rgb in clip], 2)
             if name == "box_0.05" and workload.name == args.layers and column == "fp16":
                 found["layers"] = table_of(ours.compiled, limits, 2)

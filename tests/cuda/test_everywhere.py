@@ -19,7 +19,8 @@ OUTSIDE = 77.0
 SHAPES = [
     # in, out, kernel, stride, padding, dilation, groups
     (3, 64, 7, 2, 3, 1, 1), (64, 64, 1, 1, 0, 1, 1), (64, 130, 3, 1, 1, 1, 1),
-    (17, 21, 3, 2, 2, 2, 1), (72, 72, 3, 1, 1, 1, 72), (64, 32, 3, 1, 1, 1, 4), (8, 1, 1, 1, 0, 1, 1),
+    (17, 21, 3, 2, 2, 2, 1), (72, 72, 3, 1, 1, 1, 72), (64, 32, 3, 1, 1, 1, 4),
+    (8, 1, 1, 1, 0, 1, 1),
 ]  # fmt: skip
 EPILOGUES: list[dict[str, Any]] = [
     {"act": "relu"}, {"act": "identity", "residual": True}, {"act": "relu", "residual": True},
