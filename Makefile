@@ -9,7 +9,7 @@ CXX_FILES := $(filter %.cpp %.h %.inl %.cu %.cuh,$(CSRC))
 DEMO := .demo
 TYPED := .cache/typed
 
-.PHONY: demo test test-all lint format bench bench-gpu clean venv build
+.PHONY: demo test test-all lint format bench bench-gpu sanitize clean venv build
 
 demo: build
 	@mkdir -p $(DEMO)
@@ -42,6 +42,15 @@ bench: build $(VENV)/.bench
 # On a machine with a CUDA device and a CUDA build of torch.
 bench-gpu: build
 	$(BIN)/python -m benchmarks.gpu
+
+# Of CUDA's tools, each over a spread of the operators' tests; the caching allocator would hide
+# errors within its blocks.
+SANITIZED := bfloat16-65-random or (test_conv2d_features and random) or test_everywhere
+sanitize: build
+	for tool in memcheck racecheck initcheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(BIN)/python -m pytest -q tests/ops tests/cuda --device cuda -k "$(SANITIZED)" \
+	    || exit 1; done
 
 clean:
 	rm -rf build dist .demo .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -32,21 +32,28 @@ def observe(moments: dict[str, Moments], plan: StatePlan, buffers: dict[str, Ten
     for node in plan.truncating:
         place = plan.places[node]
         whole = buffers[acc_name(place.slot)]
-        acc = whole[:, place.start : place.start + place.channels].float()
-        finite = acc.isfinite()
-        acc = torch.where(finite, acc, torch.zeros((), device=acc.device))
-        new = Moments(
-            finite.sum((0, 2, 3)).double(),
-            acc.sum((0, 2, 3), dtype=torch.float64),
-            acc.square().sum((0, 2, 3), dtype=torch.float64),
-            acc.shape[2] * acc.shape[3],
-        )
+        acc = whole[:, place.start : place.start + place.channels]
+        sums = [_sums(stream) for stream in acc.split(1)]  # one at a time: fp32 copies are large
+        count, total, squares = (torch.stack(s).sum(0) for s in zip(*sums, strict=True))
+        new = Moments(count, total, squares, acc.shape[2] * acc.shape[3])
         old = moments.get(node)
         if old is not None:
             new.count += old.count
             new.total += old.total
             new.squares += old.squares
         moments[node] = new
+
+
+def _sums(acc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, sum and sum of squares of the finite values of each channel."""
+    acc = acc.float()
+    finite = acc.isfinite()
+    acc = torch.where(finite, acc, torch.zeros((), device=acc.device))
+    return (
+        finite.sum((0, 2, 3)).double(),
+        acc.sum((0, 2, 3), dtype=torch.float64),
+        acc.square().sum((0, 2, 3), dtype=torch.float64),
+    )
 
 
 def scales(moments: dict[str, Moments], floor: float) -> dict[str, Tensor]:

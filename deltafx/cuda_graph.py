@@ -21,6 +21,7 @@ cannot (a runtime without conditional nodes), the graph is the lowered graph for
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, fx
 
 from deltafx.errors import CudaGraphWarning
-from deltafx.state import COUNTS, NOT_FINITE
+from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan
 
 WARM_UP_FRAMES = 2
 
@@ -56,6 +57,7 @@ class FrameGraph:
         graph: fx.Graph,
         everywhere: fx.Graph | None,
         tensors: Mapping[str, Tensor],
+        plan: StatePlan,
         dense_above: float,
     ) -> None:
         """Nothing is captured yet.
@@ -65,11 +67,11 @@ class FrameGraph:
             graph: What it runs.
             everywhere: The same frame with all convolutions computed everywhere; or `None`.
             tensors: The attributes of both.
+            plan: Of the state among them.
             dense_above: The share of the input's squares that must have changed for that.
         """
-        device = next(iter(tensors.values())).device
         # The choice, the flag below, and what the device counts with; see csrc/cuda/branch.h.
-        self._state = torch.zeros(4, dtype=torch.int32, device=device)
+        self._state = torch.zeros(4, dtype=torch.int32, device=plan.device)
         self.failure: str | None = None
         self.no_branches: str | None = None
         self._eager = eager
@@ -77,11 +79,14 @@ class FrameGraph:
         self._everywhere = everywhere and split_frame(without_output_copies(everywhere)).body
         self._tensors = {**tensors, NOT_FINITE: self._state[1:2]}
         self._dense_above = dense_above
+        sites = [plan.slots[plan.places[node].slot].sites for node in plan.nodes]
+        self._all_sites = torch.tensor([[n, n] for n in sites], device=plan.device)
         self._frames = 0
         self._captured: torch.cuda.CUDAGraph | None = None
         self._bodies: list[torch.cuda.CUDAGraph] = []  # whose memory the captured graph uses
         self._inputs: list[Tensor] = []
         self._outputs: list[Any] = []
+        self._results: list[Tensor] = []  # the tensors among them
 
     @property
     def captured(self) -> bool:
@@ -125,7 +130,8 @@ class FrameGraph:
             if own.data_ptr() != given.data_ptr():
                 own.copy_(given, non_blocking=True)
         self._captured.replay()
-        return [o.clone() if isinstance(o, Tensor) else o for o in self._outputs]
+        copies = iter(torch.ops.deltafx.copies(self._results))
+        return [next(copies) if isinstance(o, Tensor) else o for o in self._outputs]
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         if not all(t.is_cuda for t in inputs):
@@ -145,8 +151,8 @@ class FrameGraph:
                     )
                     self._capture_whole()
             except RuntimeError as error:
-                torch.cuda.synchronize()
                 self._fail(_reason(error))
+            self._results = [o for o in self._outputs if isinstance(o, Tensor)]
 
     def _capture_whole(self) -> None:
         self._bodies = []
@@ -170,7 +176,6 @@ class FrameGraph:
             head = self._runner(self._parts.head)
 
             def frame() -> list[Any]:
-                self._tensors[COUNTS].zero_()  # of nodes that a branch does not run
                 head()
                 torch.ops.deltafx.branch(
                     self._state, masks, self._parts.may_skip, self._dense_above, bodies
@@ -179,19 +184,24 @@ class FrameGraph:
 
             self._captured, self._outputs = _record(frame, pool=delta.pool())
         except RuntimeError as error:
-            torch.cuda.synchronize()
             self.no_branches = _reason(error)
             self._capture_whole()
 
     def _record_everywhere(self, outputs: list[Any]) -> torch.cuda.CUDAGraph:
         assert self._everywhere is not None
-        run = self._runner(self._everywhere)
+        run, masks, counts = (
+            self._runner(self._everywhere),
+            self._tensors[MASKS],
+            self._tensors[COUNTS],
+        )
         run()  # cuDNN chooses its algorithms
 
         def body() -> None:
+            masks.fill_(True)
             for own, other in zip(outputs, run(), strict=True):
                 if isinstance(own, Tensor) and own.data_ptr() != other.data_ptr():
                     own.copy_(other)
+            counts.copy_(self._all_sites)
 
         return _record(body, keep_graph=True, pool=self._bodies[0].pool())[0]
 
@@ -215,8 +225,25 @@ def _record(
     # A stream of its own, so that nothing else is captured; memory of its own, so that no other
     # model's frames lie in it.
     graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        returned = run()
+    pool = pool or torch.cuda.graph_pool_handle()
+    failure = None
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            try:
+                returned = run()
+            except RuntimeError as error:
+                failure = error
+                raise
+    except RuntimeError as error:
+        # torch ends a capture that failed with another error, and leaves its allocator and its
+        # generator of random numbers capturing.
+        device = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
+        torch.cuda.synchronize()
+        raise failure or error from None
     return graph, returned
 
 

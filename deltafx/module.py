@@ -131,7 +131,8 @@ class DeltaModule(fx.GraphModule):
         """
         with torch.no_grad():
             bound, compiled = self._bind(args, kwargs)
-            tensors = [a for a in pytree.tree_leaves(bound) if isinstance(a, Tensor)]
+            leaves = bound if _is_flat(bound) else pytree.tree_leaves(bound)
+            tensors = [a for a in leaves if isinstance(a, Tensor)]
             self._calibrate_if_due(compiled)
             self._refresh_if_due(compiled)
             if not compiled.whole:
@@ -376,7 +377,10 @@ class DeltaModule(fx.GraphModule):
         self.graph = instance.graph
         run = type(self).run_graph  # type: ignore[attr-defined]
         if self.config.cuda_graph and instance.plan.device.type == "cuda":
-            run = FrameGraph(run, self.graph, instance.everywhere, buffers, self.config.dense_above)
+            run = FrameGraph(
+                run, self.graph, instance.everywhere, buffers, instance.plan,
+                self.config.dense_above,
+            )  # fmt: skip
         elif instance.plan.device.type == "cpu" and is_delta_only(self.graph):
             run = FrameCalls(self.graph, buffers)
         compiled = _Compiled(
@@ -458,6 +462,11 @@ _END = (object(),)
 """So that lists of other lengths differ as well."""
 
 
+def _is_flat(bound: tuple[Any, ...]) -> bool:
+    """Whether there are only tensors, as nearly always: that need not go through pytree."""
+    return all(isinstance(a, Tensor) for a in bound)
+
+
 def _lose_state(compiled: _Compiled) -> None:
     """NaN differs from every value: the next frame rewrites every site."""
     for name in compiled.instance.plan.slots:
@@ -465,6 +474,8 @@ def _lose_state(compiled: _Compiled) -> None:
 
 
 def _signature(bound: tuple[Any, ...]) -> Signature:
+    if _is_flat(bound):
+        return tuple((a.shape, a.dtype, a.device) for a in bound)
     leaves, spec = pytree.tree_flatten(bound)
     kinds = tuple(
         (tuple(a.shape), a.dtype, a.device) if isinstance(a, Tensor) else repr(a) for a in leaves

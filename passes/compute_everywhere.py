@@ -1,22 +1,23 @@
-"""compute_everywhere: the same frame with every convolution computed at all of its sites.
+"""compute_everywhere: the same frame with convolutions and gates computed at all of their sites.
 
     deltafx.conv2d(acc, mask, counts, x, x_mask, packed, ...)
-    conv2d_everywhere(acc, mask, counts, not_finite, x, weight, ...)
+    conv2d_everywhere(acc, not_finite, x, weight, ...)
 
 Enters: the graph before and after lowering. Leaves: a lowered graph over the same state, which
 gives the same results for every frame, and is the faster one where most of the picture changed. All
-other operators stay; their candidates are everywhere then anyway.
+other operators stay; whoever runs the graph sets all masks before, so that they follow.
 """
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from deltafx.ops.base import constant, value
-from deltafx.ops.finish_conv2d import conv2d_everywhere
+from deltafx.ops.everywhere import binary_everywhere, conv2d_everywhere
 from deltafx.state import NOT_FINITE
 
 
@@ -25,36 +26,54 @@ def compute_everywhere(gm: fx.GraphModule, lowered: fx.Graph) -> tuple[fx.Graph,
     graph = fx.Graph()
     graph.output(graph.graph_copy(lowered, {}))
     sources = {node.name: node for node in gm.graph.nodes}
-    weights: dict[str, Tensor] = {}
-    not_finite = None
+    constants: dict[str, Tensor] = {}
+    with graph.inserting_before(next(iter(graph.nodes))):
+        not_finite = graph.get_attr(NOT_FINITE)
     for node in list(graph.nodes):
-        if node.target is not torch.ops.deltafx.conv2d.default:
-            continue
-        source = sources[node.meta["lowered_from"]]
-        name = f"everywhere_{source.name}_weight"
-        weights[name] = _weight(source)
-        names = [a.name for a in node.target._schema.arguments]
-        given = dict(zip(names, node.args, strict=True))
-        with graph.inserting_before(node):
-            not_finite = not_finite or graph.get_attr(NOT_FINITE)
-            given |= {"not_finite": not_finite, "weight": graph.get_attr(name)}
-            call = tuple(given[name] for name in _ARGUMENTS)
-            graph.call_function(conv2d_everywhere, call).meta = dict(node.meta)
-        graph.erase_node(node)
+        if node.target is torch.ops.deltafx.conv2d.default:
+            source = sources[node.meta["lowered_from"]]
+            made = _constants(source)
+            constants |= {f"everywhere_{source.name}_{k}": t for k, t in made.items()}
+            with graph.inserting_before(node):
+                own = {k: graph.get_attr(f"everywhere_{source.name}_{k}") for k in made}
+            _replace(graph, node, conv2d_everywhere, {"not_finite": not_finite, **own})
+        elif node.target is torch.ops.deltafx.binary.default and _given(node)["act"] in _ACTS:
+            _replace(graph, node, binary_everywhere, {})
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    return graph, weights
+    return graph, constants
 
 
-_ARGUMENTS = tuple(inspect.signature(conv2d_everywhere).parameters)
+_ACTS = ("identity", "relu")
 
 
-def _weight(source: fx.Node) -> Tensor:
-    """A convolution's weight as cuDNN wants it."""
-    weight, like = constant(source.kwargs["weight"]), value(source)
+def _given(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator's call by their names."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [a.name for a in node.target._schema.arguments]
+    return dict(zip(names, node.args, strict=True))
+
+
+def _replace(graph: fx.Graph, node: fx.Node, function: Any, more: dict[str, fx.Node]) -> None:
+    """Calls `function` in an operator's place, with what it takes of the operator's arguments."""
+    given = {**_given(node), **more}
+    call = tuple(given[name] for name in inspect.signature(function).parameters)
+    with graph.inserting_before(node):
+        graph.call_function(function, call).meta = dict(node.meta)
+    graph.erase_node(node)
+
+
+def _constants(source: fx.Node) -> dict[str, Tensor]:
+    """A convolution's weight and bias as cuDNN wants them."""
+    like = value(source)
+    weight, bias = constant(source.kwargs["weight"]), constant(source.kwargs.get("bias"))
     assert weight is not None
-    return weight.to(like.device, like.dtype).contiguous(memory_format=torch.channels_last)
+    bias = torch.zeros(weight.shape[0]) if bias is None else bias
+    return {
+        "weight": weight.to(like.device, like.dtype).contiguous(memory_format=torch.channels_last),
+        "rounded_bias": bias.to(like.device, like.dtype).contiguous(),
+    }
 
 
 __all__ = ["compute_everywhere"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import inspect
 import operator
 import threading
@@ -53,6 +54,8 @@ class TracedModel:
         Raises:
             InvalidInputError: They do not fit it.
         """
+        if not kwargs and len(args) == self._positional:
+            return args
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -61,6 +64,16 @@ class TracedModel:
         if self.front_end == "fx":
             return tuple(bound.arguments.values())
         return (*bound.args, bound.kwargs)
+
+    @functools.cached_property
+    def _positional(self) -> int:
+        """How many arguments are all of them, if they go by position; else -1."""
+        kinds = {p.kind for p in self.signature.parameters.values()}
+        by_position = kinds <= {
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        }
+        return len(self.signature.parameters) if by_position and self.front_end == "fx" else -1
 
 
 class Tracer(fx.Tracer):

@@ -24,6 +24,13 @@ def device(request):
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture
+def on_device(device):
+    """Tensors and modules that a test makes lie on the device of --device."""
+    with device:
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -9,6 +9,8 @@ from deltafx.errors import InvalidInputError, NotCompiledError, UnknownNodeError
 from tests.exactness import exact_over
 from tests.small_net import Net, clip, follows
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def test_a_model_that_fx_cannot_trace():
     model = Net(lambda m, x: torch.stack([m.b(m.a(row[None])) for row in x]))

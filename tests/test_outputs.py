@@ -11,6 +11,8 @@ import deltafx
 from tests.exactness import exact_over
 from tests.small_net import Net, clip, follows
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 Pair = namedtuple("Pair", "left right")
 
 

@@ -14,6 +14,8 @@ from deltafx.state import allocated_bytes
 from tests.branching_net import BranchingNet, clip
 from tests.exactness import exact_over
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 3, 8, 9), (3, 3, 17, 33), (2, 3, 1, 1)])

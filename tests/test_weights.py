@@ -8,6 +8,8 @@ from deltafx.errors import InvalidInputError, TrainModeError
 from tests.branching_net import BranchingNet, clip
 from tests.exactness import exact_over
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def change_in_place(model):
     with torch.no_grad():

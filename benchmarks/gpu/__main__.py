@@ -24,10 +24,21 @@ from torch import Tensor, nn
 import deltafx
 from benchmarks.gpu import scenes
 from benchmarks.gpu.floor import floor_of, table_of
-from benchmarks.gpu.measure import ceilings, error_of, graphed, peak_bytes, time_frames
+from benchmarks.gpu.measure import (
+    ceilings,
+    error_of,
+    graphed,
+    host_work,
+    peak_bytes,
+    time_frames,
+)
 from benchmarks.gpu.workloads import WORKLOADS, Workload
 
-COMPILED = {"compile": None, "compile_max_autotune": "max-autotune"}
+COMPILED = {
+    "compile": None,
+    "compile_reduce_overhead": "reduce-overhead",  # the same in a CUDA graph
+    "compile_max_autotune": "max-autotune",
+}
 DENSE = ("fp32_eager", "fp16_eager", "fp16_graph", *COMPILED)
 THRESHOLDS = (0.6, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
 
@@ -57,6 +68,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help="names of workloads, in the order to run them")
     parser.add_argument("--dense", nargs="*", default=list(DENSE), choices=DENSE)
     parser.add_argument("--ours", nargs="*", default=["fp16", "tf32"], choices=["fp16", "tf32"])
+    parser.add_argument(
+        "--autotune",
+        nargs="*",
+        default=["resnet50_1", "mobilenet_v2_1"],
+        help="the workloads for compile_max_autotune, which takes minutes each",
+    )
+    parser.add_argument("--tf32", nargs="*", default=["resnet50_1"], help="the workloads for tf32")
+    parser.add_argument(
+        "--switch",
+        nargs="*",
+        default=["resnet50_16", "resnet50_1", "mobilenet_v2_16"],
+        help="the workloads for which to find where a dense frame is the faster one",
+    )
+    parser.add_argument(
+        "--host",
+        nargs="*",
+        default=["resnet50_16", "resnet50_1", "mobilenet_v2_1"],
+        help="the workloads for which to trace what a frame asks of the host",
+    )
     parser.add_argument("--boxes", nargs="*", type=float, default=[0.01, 0.05, 0.1, 0.25])
     parser.add_argument("--threshold", type=float, default=0.1, help="for all clips but vtest")
     parser.add_argument("--rounds", type=int, default=5)
@@ -73,23 +103,34 @@ def release() -> None:
 
 @torch.inference_mode()
 def run_workload(workload: Workload, args: argparse.Namespace, limits: dict[str, float]) -> dict:
+    clips = make_clips(workload, args.boxes)
+    result: dict[str, Any] = {"dense": {}, "clips": {}, "memory": memory(workload, clips, args)}
+    print(f"  {workload.name} memory: {result['memory']}", flush=True)
     exact = workload.build().cuda().to(memory_format=torch.channels_last)
     half = copy.deepcopy(exact).half()
-    clips = make_clips(workload, args.boxes)
-    result: dict[str, Any] = {"dense": {}, "clips": {}}
     example = scenes.normalized(clips["box_0.05"][0], "cuda")
     for column in args.dense:
+        if column == "compile_max_autotune" and workload.name not in args.autotune:
+            continue
         found = time_dense(column, exact, half, example, args.rounds)
         result["dense"][column] = found
         print(f"  {workload.name} {column}: {found}", flush=True)
     best = min((d["mean"] for d in result["dense"].values() if "mean" in d), default=None)
+    if workload.name in args.switch:
+        result["switch"] = switch_point(workload, half, args)
+        print(f"  {workload.name} switch: {result['switch']}", flush=True)
+        release()
     for column in args.ours:
+        if column == "tf32" and workload.name not in args.tf32:
+            continue
         model = half if column == "fp16" else exact
         ours = Ours(model, torch.float16 if column == "fp16" else torch.float32, args, limits)
         for name, clip in clips.items():
             found = ours.run(clip, exact, search=name == "vtest")
             if best is not None:
                 found["ratio_to_best_dense"] = best / found["mean"]
+            if workload.name in args.host and name in ("box_0.05", "nothing", "everything"):
+                found["host"] = host_work(ours.compiled, [ours.frame(rgb) for rgb in clip], 2)
             if name == "box_0.05" and workload.name == args.layers and column == "fp16":
                 found["layers"] = table_of(ours.compiled, limits, 2)
             result["clips"].setdefault(name, {})[column] = found
@@ -98,6 +139,38 @@ def run_workload(workload: Workload, args: argparse.Namespace, limits: dict[str,
         del ours
         release()
     return result
+
+
+def memory(
+    workload: Workload, clips: dict[str, list[Tensor]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Peak bytes of a frame in fp16, with nothing else on the device: weights, state, the frame.
+
+    `first_frames` is the peak of the frames before that, in which cuDNN tries its algorithms.
+    """
+    model = workload.build().cuda().half().to(memory_format=torch.channels_last)
+    weights = torch.cuda.memory_allocated()
+    moving = clips["box_0.05"]
+
+    def frame(i: int) -> Tensor:
+        x = scenes.normalized(moving[i], "cpu").half()
+        return x.cuda(memory_format=torch.channels_last)
+
+    model(frame(0))
+    dense = peak_bytes(lambda: model(frame(0)))
+    release()
+    ours = deltafx.compile(model, threshold=args.threshold)
+    first = peak_bytes(lambda: [ours(frame(i)) for i in range(4)])
+    release()
+    peak = peak_bytes(lambda: [ours(frame(i)) for i in (4, 5)])
+    return {
+        "weights": weights,
+        "dense_fp16_eager": dense,
+        "ours": peak,
+        "ours_over_dense": peak / dense,
+        "first_frames": first,
+        "state": ours.state_bytes(),
+    }
 
 
 def make_clips(workload: Workload, boxes: Sequence[float]) -> dict[str, list[Tensor]]:
@@ -115,10 +188,7 @@ def time_dense(
 ) -> dict[str, Any]:
     model, x = (exact, example) if column.startswith("fp32") else (half, example.half())
     run: Callable[[Tensor], Any] = model
-    peak = None
     try:
-        if column == "fp16_eager":
-            peak = peak_bytes(lambda: model(x))
         if column == "fp16_graph":
             run = graphed(model, x)
         elif column in COMPILED:
@@ -129,7 +199,23 @@ def time_dense(
     finally:
         if column in COMPILED:
             torch._dynamo.reset()
-    return dataclasses.asdict(timing) | ({"peak_bytes": peak} if peak else {})
+    return dataclasses.asdict(timing)
+
+
+def switch_point(workload: Workload, half: nn.Module, args: argparse.Namespace) -> dict[str, float]:
+    """Mean milliseconds of a frame by the share of a box, never dense; and of dense frames."""
+    found = {}
+    for dense_above, shares in ((1.0, (0.1, 0.2, 0.3, 0.4, 0.5)), (0.0, (0.3,))):
+        ours = deltafx.compile(half, threshold=args.threshold, dense_above=dense_above)
+        for share in shares:
+            size = (workload.streams, workload.height, workload.width)
+            clip = scenes.moving_box(*size, share, 4)
+            frames = [scenes.normalized(rgb, "cuda").half() for rgb in clip]
+            for frame in frames:
+                ours(frame)
+            name = "dense" if dense_above == 0 else f"box_{share}"
+            found[name] = time_frames(ours, frames, 2).mean
+    return found
 
 
 class Ours:
@@ -152,15 +238,12 @@ class Ours:
         error = self.error(frames, want, threshold)
         active = self.compiled.stats()
         timing = time_frames(self.compiled, frames, self.args.rounds)
-        self.compiled.reset()
-        peak = peak_bytes(lambda: self.compiled(frames[0]))
         return dataclasses.asdict(timing) | {
             "threshold": threshold,
             "flop_fraction": active.flop_fraction,
+            "branch": active.branch,
             "error": error,
             "jpeg95_error": jpeg_error,
-            "state_bytes": active.state_bytes,
-            "peak_bytes": peak,
             "floor_ms": floor_of(self.compiled, active, self.limits, self.dtype.itemsize),
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,6 +85,64 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
+
+
+WAITS = ("Synchronize", "cudaMemcpy", "EventQuery", "StreamQuery")
+ALLOCATIONS = ("Malloc", "cudaFree", "HostAlloc", "HostRegister", "MemPool", "MemCreate", "MemMap")
+
+
+def host_work(run: Callable[[Tensor], Any], clip: Sequence[Tensor], rounds: int) -> dict[str, Any]:
+    """What a frame asks of the host: CUDA calls by name, after warm-up, and its own time.
+
+    Counted in the profiler's trace of the runtime's and the driver's calls. A `cudaMemcpyAsync`
+    between places on the device does not wait; any other copy is listed as `waits`, as is every
+    synchronization. Allocations are those of the driver: torch's caching allocator hands out
+    memory that it has.
+
+    Returns:
+        `calls`: a frame's calls by name; `waits` and `allocations`: those among them that are that;
+        `segments`: by how many the caching allocator's segments grew; `host_us`: the host's time
+        for a frame while the device is not waited for.
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    frames = [*clip, *reversed(clip[1:-1])] * rounds
+    for frame in frames:
+        run(frame)
+    torch.cuda.synchronize()
+    segments = torch.cuda.memory_stats()["num_device_alloc"]
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        with record_function("frames"):
+            for frame in frames:
+                run(frame)
+        torch.cuda.synchronize()
+    events = trace.events()
+    whole = next(e.time_range for e in events if e.name == "frames")
+    counts: dict[str, int] = {}
+    for event in events:
+        inside = whole.start <= event.time_range.start <= whole.end
+        if inside and event.name.startswith(("cuda", "cu")) and "::" not in event.name:
+            counts[event.name] = counts.get(event.name, 0) + 1
+    calls = {name: count / len(frames) for name, count in sorted(counts.items())}
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for frame in frames[:10]:
+            run(frame)
+        times.append((time.perf_counter() - start) / len(frames[:10]))
+    torch.cuda.synchronize()
+    return {
+        "calls": calls,
+        "waits": {k: v for k, v in calls.items() if k != "cudaMemcpyAsync" and _is(k, WAITS)},
+        "allocations": {k: v for k, v in calls.items() if _is(k, ALLOCATIONS)},
+        "segments": torch.cuda.memory_stats()["num_device_alloc"] - segments,
+        "host_us": statistics.median(times) * 1e6,
+    }
+
+
+def _is(name: str, kinds: Sequence[str]) -> bool:
+    return any(kind in name for kind in kinds)
 
 
 def ceilings() -> dict[str, float]:

@@ -6,6 +6,7 @@ that how much changes is known. All frames are made before anything is timed.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ def normalized(rgb: Tensor, device: str) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+@functools.lru_cache(maxsize=4)
 def texture(n: int, h: int, w: int, seed: int) -> Tensor:
     """A natural-looking still, uint8 [n, 3, h, w]: noise at several scales."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ namespace deltafx::cuda {
 
 // acc = act(y + bias + residual), or act(y + bias) + residual, at every site.
 struct FinishParams {
-  Output out;  // without truncation
+  FeatureMap acc;
   Activation act;
   FeatureMap y;         // may be the accumulator itself
   const float* bias;    // null: none

@@ -21,17 +21,17 @@ FeatureMap like_acc(const Tensor& t, const Tensor& acc, const char* name) {
   return feature_map(t, name);
 }
 
-void finish_conv2d(const Tensor& acc, const Tensor& mask, const Tensor& counts,
-                   const Tensor& not_finite, const Tensor& y, const OptionalTensor& bias,
-                   const OptionalTensor& residual, bool residual_after_act, c10::string_view act,
-                   c10::ArrayRef<double> act_params, const OptionalTensor& act_weight) {
+void finish_conv2d(const Tensor& acc, const Tensor& not_finite, const Tensor& y,
+                   const OptionalTensor& bias, const OptionalTensor& residual,
+                   bool residual_after_act, c10::string_view act, c10::ArrayRef<double> act_params,
+                   const OptionalTensor& act_weight) {
   cuda::FinishParams p{};
-  p.out = output_of(acc, mask, counts, std::nullopt, std::nullopt, "rms");
+  p.acc = feature_map(acc, "acc");
   p.y = like_acc(y, acc, "y");
-  p.bias = floats_of(bias, p.out.acc.c, acc, "bias");
+  p.bias = floats_of(bias, p.acc.c, acc, "bias");
   if (residual.has_value()) p.residual = like_acc(*residual, acc, "residual");
   p.residual_after_act = residual_after_act;
-  p.act = activation_of(act, act_params, act_weight, p.out.acc.c);
+  p.act = activation_of(act, act_params, act_weight, p.acc.c);
   check_same_device(not_finite, acc, "not_finite");
   TORCH_CHECK_TYPE(not_finite.scalar_type() == at::kInt && not_finite.numel() == 1,
                    "deltafx: not_finite must be one int32, not ", not_finite.sizes(), " of ",
@@ -45,10 +45,11 @@ void finish_conv2d(const Tensor& acc, const Tensor& mask, const Tensor& counts,
 #endif
 
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
-  m.def("finish_conv2d(" DELTAFX_HEAD
-        "Tensor(d!) not_finite, Tensor y, Tensor? bias, Tensor? residual, bool residual_after_act, "
-        "str act, float[] act_params, Tensor? act_weight) -> ()",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "finish_conv2d(Tensor(a!) acc, Tensor(b!) not_finite, Tensor y, Tensor? bias, "
+      "Tensor? residual, bool residual_after_act, str act, float[] act_params, "
+      "Tensor? act_weight) -> ()",
+      {at::Tag::pt2_compliant_tag});
 }
 #ifdef DELTAFX_CUDA
 TORCH_LIBRARY_IMPL(deltafx, CUDA, m) { m.impl("finish_conv2d", finish_conv2d); }

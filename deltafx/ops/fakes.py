@@ -26,7 +26,6 @@ OPERATORS = (
     "layer_norm",
     "gather_channels",
     "pad2d",
-    "finish_conv2d",
 )
 
 
@@ -68,9 +67,18 @@ def check_arena(masks: Tensor, counts: Tensor) -> None:
     torch._check(counts.dtype == torch.int64, lambda: f"counts must be int64, not {counts.dtype}")
 
 
+def nothing(*args: Any) -> None:
+    """The fake of what is for CUDA graphs alone: no passes and no exports see it."""
+
+
+FOR_CUDA_GRAPHS = ("finish_conv2d", "conv2d_bias_act", "branch")
+
+
 def register(library: torch.library.Library | None = None) -> None:
     """Registers the fake of every operator, once the operators are loaded."""
     for name in OPERATORS:
         torch.library.register_fake(f"deltafx::{name}", check_head, lib=library)
+    for name in FOR_CUDA_GRAPHS:
+        torch.library.register_fake(f"deltafx::{name}", nothing, lib=library)
     torch.library.register_fake("deltafx::clear_masks", check_arena, lib=library)
     torch.library.register_fake("deltafx::pack_conv_weight", packed_weight, lib=library)

@@ -7,6 +7,7 @@ with a static frame, a cut to another clip, a frame with NaNs and one after it a
 from __future__ import annotations
 
 import pytest
+import torch
 
 import deltafx
 from tests.exactness import Oracle
@@ -36,12 +37,13 @@ def parameters():
 
 
 @pytest.mark.parametrize("name", parameters())
-def test_as_exact_as_the_dense_model(name: str) -> None:
+def test_as_exact_as_the_dense_model(name: str, device: torch.device) -> None:
     case = CASES[name]
-    model = case.load()
+    model = case.load().to(device)
     compiled = deltafx.compile(model, threshold=0)
     oracle = Oracle(model)
     for i, frame in enumerate(scene(case.size)):
+        frame = frame.to(device)
         oracle.compare(compiled(frame), frame)
         if i == 2:
             encodes = {n.name for n in compiled.explain() if n.op == "encode"}

@@ -1,5 +1,6 @@
 """assign_regions: what is delta, where dense tensors are encoded, who truncates."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,6 +10,8 @@ from deltafx.ops import delta_op
 from deltafx.ops.encode import encode
 from deltafx.passes.assign_regions import assign_regions
 from tests.passes.graphs import Tiny, TinyPair, before, calls, node, rewritten, whole
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 def encodes(gm):

@@ -8,6 +8,8 @@ from deltafx.ops.base import constant
 from deltafx.passes.fold_affines import fold_affines
 from tests.passes.graphs import Tiny, before, calls, node, rewritten, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 @pytest.mark.parametrize(
     "conv",

@@ -8,6 +8,8 @@ from torch import nn
 from deltafx.passes.fuse_activations import fuse_activations
 from tests.passes.graphs import Tiny, calls, node, rewritten, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 PRODUCERS = {
     "conv2d": lambda m, x: m.conv(x),
     "conv_transpose2d": lambda m, x: m.up(x),

@@ -8,6 +8,8 @@ from deltafx.ops.conv2d import conv2d
 from deltafx.passes.fuse_prologues import fuse_prologues
 from tests.passes.graphs import Tiny, calls, node, rewritten, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def tiny(f):
     return Tiny(

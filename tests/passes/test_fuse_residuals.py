@@ -8,6 +8,8 @@ from deltafx.passes.fuse_activations import fuse_activations
 from deltafx.passes.fuse_residuals import fuse_residuals
 from tests.passes.graphs import Tiny, before, calls, node, rewritten, run, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def tiny(f):
     return Tiny(

@@ -8,6 +8,8 @@ from torch import nn
 from deltafx.passes.lift_layouts import lift_layouts
 from tests.passes.graphs import Tiny, calls, node, rewritten, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 

@@ -11,6 +11,8 @@ from deltafx.state import allocate
 from deltafx.verify import verify
 from tests.passes.graphs import Tiny, assert_same, before, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def lowered(net, x):
     """The lowered graph, what it computes on a fresh state, and the attributes it ran on."""

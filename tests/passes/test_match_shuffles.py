@@ -6,6 +6,8 @@ import torch
 from deltafx.passes.match_shuffles import match_shuffles
 from tests.passes.graphs import Tiny, node, rewritten, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def shuffle(x, groups, swap=(1, 2)):
     n, c, h, w = x.shape

@@ -12,6 +12,8 @@ from deltafx.verify import verify
 from tests.exactness import exact_over
 from tests.passes.graphs import Tiny, TinyPair, assert_same, calls, node, normalized, run, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def check(model, *xs):
     """The normalized graph, which computes what the model computes and leaves its input alone."""

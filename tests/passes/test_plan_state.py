@@ -8,6 +8,8 @@ from deltafx.passes.plan_state import plan_state
 from deltafx.state import Place, allocate, allocated_bytes
 from tests.passes.graphs import Tiny, before, calls, rewritten, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 def planned(f, *shape, **modules):
     torch.manual_seed(0)

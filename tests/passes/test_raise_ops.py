@@ -8,6 +8,8 @@ from torch import nn
 from deltafx.passes.raise_ops import raise_ops
 from tests.passes.graphs import Tiny, TinyPair, before, calls, rewritten, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 RAISED = {
     "conv2d": lambda m, x: m.conv(x),
     "same": lambda m, x: F.conv2d(x, m.conv.weight, padding="same"),

@@ -8,6 +8,8 @@ from deltafx.errors import InvalidInputError, TrainModeError
 from deltafx.passes.trace_model import trace_model
 from tests.passes.graphs import whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 class Branching(nn.Module):
     def forward(self, x):

@@ -14,6 +14,8 @@ from deltafx.passes.lower_ops import lower_ops
 from deltafx.verify import verify
 from tests.passes.graphs import Tiny, node, normalized, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 aten = torch.ops.aten
 
 

@@ -1,0 +1,130 @@
+"""Convolutions and gates of a dense frame: what their dense functions give, in the accumulator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltafx.ops.conv2d import conv2d
+from deltafx.ops.everywhere import binary_everywhere, conv2d_everywhere
+
+pytestmark = pytest.mark.cuda
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OUTSIDE = 77.0
+SHAPES = [
+    # in, out, kernel, stride, padding, dilation, groups
+    (3, 64, 7, 2, 3, 1, 1), (64, 64, 1, 1, 0, 1, 1), (64, 130, 3, 1, 1, 1, 1),
+    (17, 21, 3, 2, 2, 2, 1), (72, 72, 3, 1, 1, 1, 72), (64, 32, 3, 1, 1, 1, 4),
+    (8, 1, 1, 1, 0, 1, 1),
+]  # fmt: skip
+EPILOGUES: list[dict[str, Any]] = [
+    {"act": "relu"}, {"act": "identity", "residual": True}, {"act": "relu", "residual": True},
+    {"act": "silu"}, {"act": "relu6", "bias": False},
+    {"act": "relu", "residual": True, "residual_after_act": True},
+    {"act": "leaky_relu", "act_params": [0.1], "residual": True}, {"act": "relu", "pre": True},
+]  # fmt: skip
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def made(shape: tuple[int, ...], epilogue: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of the dense function, on the device."""
+    cin, cout, k, stride, pad, dilation, groups = shape
+
+    def noise(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(size, device="cuda") * scale
+
+    given = {k: v for k, v in epilogue.items() if k in ("act", "act_params", "residual_after_act")}
+    x = channels_last(noise(2, cin, 19, 14).to(dtype))
+    weight = noise(cout, cin // groups, k, k, scale=(cin // groups * k * k) ** -0.5).to(dtype)
+    given |= {"x": x, "weight": weight, "bias": None, "residual": None}
+    given |= {"stride": [stride] * 2, "padding": [pad] * 2, "dilation": [dilation] * 2}
+    given |= {"groups": groups}
+    if epilogue.get("bias", True):
+        given["bias"] = noise(cout)
+    if epilogue.get("residual"):
+        shown = F.conv2d(x, weight, None, stride, pad, dilation, groups)
+        given["residual"] = channels_last(torch.randn_like(shown))
+    if epilogue.get("pre"):
+        given |= {"pre_scale": noise(cin), "pre_shift": noise(cin), "pre_act": "relu"}
+    return given
+
+
+def wide(given: dict[str, Any]) -> Tensor:
+    """The dense function in fp64."""
+    return conv2d(**{k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()})
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=lambda e: "-".join(map(str, e)))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_conv2d(
+    shape: tuple[int, ...], epilogue: dict[str, Any], dtype: torch.dtype, sliced: bool
+) -> None:
+    given = made(shape, epilogue, dtype)
+    exact, rough = wide(given), conv2d(**given).double()
+    n, c, h, w = exact.shape
+    room = torch.full((n, c + 7 * sliced, h, w), OUTSIDE, dtype=dtype, device="cuda")
+    room = channels_last(room)
+    acc = room[:, 5 : 5 + c] if sliced else room
+    bias = given["bias"]
+    flag = torch.zeros(1, dtype=torch.int32, device="cuda")
+    named = {"pre_scale": None, "pre_shift": None, "pre_act": "identity"}
+    named |= {"residual_after_act": False, "act_params": [], "act_weight": None} | given
+    named["weight"] = channels_last(given["weight"])
+    zeros = torch.zeros(c, device="cuda")
+    named["rounded_bias"] = (zeros if bias is None else bias).to(dtype)
+    conv2d_everywhere(acc, flag, **named)
+    error = (acc.double() - exact).norm() / exact.norm()
+    own = (rough - exact).norm() / exact.norm()
+    assert error <= 2 * own + torch.finfo(dtype).eps
+    assert flag.item() == 0
+    if sliced:
+        assert (room[:, :5] == OUTSIDE).all()
+        assert (room[:, 5 + c :] == OUTSIDE).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_told(bad: float) -> None:
+    y = channels_last(torch.randn(1, 24, 5, 6, device="cuda"))
+    acc, flag = torch.empty_like(y), torch.zeros(1, dtype=torch.int32, device="cuda")
+    torch.ops.deltafx.finish_conv2d(acc, flag, y, None, None, False, "relu6", [], None)
+    assert flag.item() == 0
+    y[0, 23, 4, 5] = bad
+    torch.ops.deltafx.finish_conv2d(acc, flag, y, None, None, False, "relu6", [], None)
+    assert flag.item() == 1
+    torch.testing.assert_close(acc, F.relu6(y), equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["add", "sub", "mul", "div"])
+def test_gates(op: str) -> None:
+    a = channels_last(torch.randn(2, 24, 5, 6, device="cuda"))
+    b = torch.rand(2, 24, 1, 1, device="cuda") + 1
+    acc = torch.empty_like(a)
+    binary_everywhere(acc, a, b, op, "relu")
+    assert torch.equal(acc, getattr(torch, op)(a, b).relu())
+
+
+def test_wrong_arguments_are_told() -> None:
+    y = channels_last(torch.randn(1, 8, 5, 6, device="cuda"))
+    flag = torch.zeros(1, dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match="the accumulator is"):
+        torch.ops.deltafx.finish_conv2d(
+            y[:, :, :4], flag, y, None, None, False, "relu", [], None
+        )  # fmt: skip
+    state, mask = (
+        torch.zeros(4, dtype=torch.int32, device="cuda"),
+        torch.ones(1, 4, 4).bool().cuda(),
+    )
+    with pytest.raises(ValueError, match="one or two bodies"):
+        torch.ops.deltafx.branch(state, [mask], True, 0.5, [])
+    with pytest.raises(ValueError, match="1 to 8 inputs"):
+        torch.ops.deltafx.branch(state, [], True, 0.5, [0])

@@ -1,0 +1,105 @@
+"""compute_everywhere, and how a frame is cut behind the comparison of its inputs."""
+
+import pytest
+import torch
+from torch import fx, nn
+
+from deltafx.cuda_graph import split_frame
+from deltafx.ops.everywhere import binary_everywhere, conv2d_everywhere
+from deltafx.passes.compute_everywhere import compute_everywhere
+from deltafx.passes.lower_ops import lower_ops
+from deltafx.passes.plan_state import plan_state
+from deltafx.state import COUNTS, MASKS, NOT_FINITE, allocate
+from deltafx.verify import verify
+from tests.passes.graphs import Tiny, before, whole
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+
+def everywhere_of(net, x):
+    """The graphs of a frame, and the attributes that they run on."""
+    gm, context = before(plan_state, net, x)
+    plan_state(gm, context)
+    lowered, constants = lower_ops(gm, context)
+    everywhere, more = compute_everywhere(gm, lowered)
+    verify(everywhere, "lowered", context.plan)
+    state = allocate(context.plan)
+    flag = {NOT_FINITE: torch.zeros(1, dtype=torch.int32)}
+    return lowered, everywhere, {**constants, **more, **state, **flag}
+
+
+def executed(everywhere, tensors):
+    """A frame as the executor runs it."""
+    parts = split_frame(everywhere)
+    head, body = (fx.GraphModule(tensors, graph) for graph in (parts.head, parts.body))
+
+    def run(x):
+        head(x)
+        tensors[MASKS].fill_(True)
+        return body(x)
+
+    return run
+
+
+def called(graph, function):
+    return [n for n in graph.nodes if n.target is function]
+
+
+def net():
+    """A concatenation, a residual, a gate, a grouped and a transposed convolution, a pool."""
+
+    def forward(m, x):
+        y = torch.cat([m.a(x).relu(), m.g(x)], 1)
+        y = torch.relu(m.b(y) + y)
+        return m.t(m.pool(y * m.gate(y.mean((2, 3), keepdim=True)).sigmoid()))
+
+    return Tiny(
+        forward, a=nn.Conv2d(4, 4, 3, padding=1), g=nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        b=nn.Conv2d(8, 8, 1), gate=nn.Conv2d(8, 8, 1), pool=nn.MaxPool2d(2),
+        t=nn.ConvTranspose2d(8, 3, 2, 2),
+    )  # fmt: skip
+
+
+def test_it_leaves_the_state_that_the_lowered_graph_leaves():
+    model, x = net(), whole(2, 4, 6, 8)
+    lowered, everywhere, tensors = everywhere_of(model, x)
+    assert len(called(everywhere, conv2d_everywhere)) == 4
+    assert len(called(everywhere, binary_everywhere)) == 1
+    assert not called(everywhere, torch.ops.deltafx.conv2d.default)
+    assert called(everywhere, torch.ops.deltafx.conv_transpose2d.default)
+    frames = [fx.GraphModule(tensors, lowered), executed(everywhere, tensors)]
+    with torch.no_grad():
+        for run in (*frames, frames[0]):
+            x = whole(2, 4, 6, 8)
+            torch.testing.assert_close(list(run(x)), [model(x)])
+
+
+def test_what_is_lost_comes_back():
+    model, x = net(), whole(1, 4, 6, 6)
+    _, everywhere, tensors = everywhere_of(model, x)
+    for name, tensor in tensors.items():
+        if name.startswith("acc_"):
+            tensor.fill_(float("nan"))
+    with torch.no_grad():
+        torch.testing.assert_close(list(executed(everywhere, tensors)(x)), [model(x)])
+
+
+def test_a_frame_in_two_parts_is_the_frame():
+    model, x = net(), whole(1, 4, 6, 6)
+    lowered, _, tensors = everywhere_of(model, x)
+    parts = split_frame(lowered)
+    assert parts.may_skip
+    assert parts.masks == ("mask_input_0_encoded",)
+    head, body = (fx.GraphModule(tensors, graph) for graph in (parts.head, parts.body))
+    with torch.no_grad():
+        assert head(x) == ()
+        assert tensors["mask_input_0_encoded"].all()
+        assert tensors[MASKS].sum() == 36
+        torch.testing.assert_close(list(body(x)), [model(x)])
+        assert (tensors[COUNTS][:, 0] > 0).all()
+
+
+def test_a_body_that_reads_the_frame_must_not_be_skipped():
+    model = Tiny(lambda m, x: m.a(x) + x.cumsum(-1), a=nn.Conv2d(2, 2, 1))
+    lowered, _, _ = everywhere_of(model, whole(1, 2, 3, 3))
+    assert not split_frame(lowered).may_skip
