@@ -475,7 +475,7 @@ def _lose_state(compiled: _Compiled) -> None:
 
 def _signature(bound: tuple[Any, ...]) -> Signature:
     if _is_flat(bound):
-        return tuple((a.shape, a.dtype, a.device) for a in bound)
+        return (*((a.shape, a.dtype, a.device) for a in bound), autocast_state())
     leaves, spec = pytree.tree_flatten(bound)
     kinds = tuple(
         (tuple(a.shape), a.dtype, a.device) if isinstance(a, Tensor) else repr(a) for a in leaves
