@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from deltafx.ops import delta_op, is_view
@@ -67,7 +68,8 @@ def _room(node: fx.Node, channels: int) -> int:
 
 
 def _device(gm: fx.GraphModule) -> Any:
-    return next(value(n).device for n in gm.graph.nodes if n.op == "placeholder")
+    inputs = (value(n).device for n in gm.graph.nodes if n.op == "placeholder")
+    return next(inputs, torch.device("cpu"))
 
 
 def _channels(node: fx.Node) -> int:
