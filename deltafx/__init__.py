@@ -9,12 +9,15 @@ for frame in video:
 
 from deltafx import errors, ops
 from deltafx.api import compile  # noqa: A004
+from deltafx.backend import modules, register_backend, reset, stats
 from deltafx.config import Config
 from deltafx.delta_regions import DeltaRegions
 from deltafx.module import DeltaModule
 from deltafx.stats import Explanation, NodeStats, Stats
 
 __version__ = "0.1.0"
+
+register_backend()
 
 __all__ = [
     "Config",
@@ -25,5 +28,8 @@ __all__ = [
     "Stats",
     "compile",
     "errors",
+    "modules",
     "ops",
+    "reset",
+    "stats",
 ]

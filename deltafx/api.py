@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from deltafx.config import Config
 from deltafx.delta_regions import DeltaRegions
 from deltafx.errors import InvalidInputError, UntraceableError
 from deltafx.module import DeltaModule
+from deltafx.passes.captured_graph import capture_exported
 from deltafx.passes.trace_model import check_eval, own_hooks
 
 
 def compile(  # noqa: A001  the name that users of torch.compile look for
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     threshold: float | None = None,
     thresholds: Mapping[str, float] | None = None,
@@ -25,7 +27,8 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
     """Compiles a CNN for video: call the result with the frames of a clip, one after another.
 
     Args:
-        model: In eval mode. Its weights are shared, not copied, and followed when they change.
+        model: In eval mode, or exported in it. Its weights are shared, not copied, and followed
+            when they change.
         threshold: How far a value may be from what was last propagated without being propagated,
             in standard deviations of its channel; 0 is exact.
         thresholds: Thresholds of single nodes by name (`explain()` lists the names).
@@ -46,7 +49,8 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
 
     Raises:
         InvalidOptionError: An option is unknown or out of its range.
-        InvalidInputError: `model` is no `nn.Module`, or `example_inputs` is no tuple.
+        InvalidInputError: `model` is neither a module nor an exported program, or `example_inputs`
+            is no tuple.
         TrainModeError: The model is in train mode.
     """
     config = Config.from_options({"threshold": threshold, "thresholds": thresholds, **options})
@@ -55,6 +59,8 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
             "example_inputs must be a tuple of the model's arguments, such as (frame,), not "
             f"{type(example_inputs).__name__}"
         )
+    if isinstance(model, ExportedProgram):
+        model = capture_exported(model)
     check_eval(model)
     if not own_hooks(model):
         compiled = DeltaModule(model, config)

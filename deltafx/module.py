@@ -31,7 +31,9 @@ from deltafx.errors import (
     UntraceableError,
 )
 from deltafx.frame_calls import FrameCalls, is_delta_only
+from deltafx.frame_program import FrameProgram
 from deltafx.passes.emit_instance import Instance, emit_instance
+from deltafx.passes.insert_casts import autocast_state, no_autocast
 from deltafx.passes.trace_model import TracedModel, trace_model
 from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, mask_name
 from deltafx.stats import Explanation, Stats, make_stats
@@ -135,7 +137,8 @@ class DeltaModule(fx.GraphModule):
             if not compiled.whole:
                 _lose_state(compiled)
             compiled.whole = False
-            out = compiled.run(compiled.attributes, *tensors)
+            with no_autocast():  # its casts are in the graph
+                out = compiled.run(compiled.attributes, *tensors)
             compiled.whole = True
             compiled.frames += 1
             self._calibrate_if_due(compiled)
@@ -279,6 +282,24 @@ class DeltaModule(fx.GraphModule):
         whole = compiled.buffers[acc_name(place.slot)]
         return whole[:, place.start : place.start + place.channels].clone()
 
+    def frame_program(self) -> FrameProgram:
+        """The current signature as a plain module, which `torch.export.export` takes.
+
+        It has its own copy of the state and goes on from the frame that was seen last.
+
+        Raises:
+            NotCompiledError: No frame was seen, from which the scales of the thresholds come.
+        """
+        compiled = self._require()
+        if self.thresholds.any_positive() and not compiled.calibrated:
+            raise NotCompiledError(
+                "the thresholds have no scales yet: call the model with a frame, or calibrate()"
+            )
+        return FrameProgram(
+            compiled.instance, compiled.buffers, compiled.thresholds, self.config.refresh_every,
+            compiled.age,
+        )  # fmt: skip
+
     def train(self, mode: bool = True) -> DeltaModule:
         """Only `train(False)`: a compiled model is for inference.
 
@@ -380,7 +401,7 @@ class DeltaModule(fx.GraphModule):
             tuple(plan.truncating), self._current.instance.frame_inputs
         )
         held = self._current.buffers[THRESHOLDS]
-        self._current.thresholds = torch.tensor(values, device=held.device)
+        self._current.thresholds = torch.tensor(values, dtype=held.dtype, device=held.device)
         self._hold_thresholds(self._current)
         self._thresholds_hold = True
 
@@ -438,4 +459,4 @@ def _signature(bound: tuple[Any, ...]) -> Signature:
     kinds = tuple(
         (tuple(a.shape), a.dtype, a.device) if isinstance(a, Tensor) else repr(a) for a in leaves
     )
-    return (spec, kinds)
+    return (spec, kinds, autocast_state())

@@ -16,6 +16,7 @@ from torch import fx
 from deltafx.passes.assign_regions import assign_regions
 from deltafx.passes.context import Context
 from deltafx.passes.fold_affines import fold_affines
+from deltafx.passes.fold_constants import fold_constants
 from deltafx.passes.fuse_activations import fuse_activations
 from deltafx.passes.fuse_prologues import fuse_prologues
 from deltafx.passes.fuse_residuals import fuse_residuals
@@ -29,6 +30,7 @@ from deltafx.verify import verify
 Pass = Callable[[fx.GraphModule, Context], int]
 
 PIPELINE: tuple[tuple[Pass, str], ...] = (
+    (fold_constants, "normalized"),  # must run first: the others look for constants
     (lift_layouts, "normalized"),
     (match_shuffles, "normalized"),
     (raise_ops, "raised"),

@@ -20,6 +20,7 @@ from deltafx.ops.base import value
 from deltafx.ops.encode import encode
 from deltafx.passes import run_pipeline
 from deltafx.passes.context import Context
+from deltafx.passes.insert_casts import no_autocast
 from deltafx.passes.lower_ops import lower_ops
 from deltafx.passes.normalize_graph import normalize_graph
 from deltafx.passes.trace_model import TracedModel
@@ -84,6 +85,11 @@ class Instance:
 def emit_instance(traced: TracedModel, config: Config, args: Sequence[Any]) -> Instance:
     """Runs every stage for the given example arguments."""
     gm = normalize_graph(traced, args)
+    with no_autocast():  # the graph says all of it by now
+        return _emit(gm, config)
+
+
+def _emit(gm: fx.GraphModule, config: Config) -> Instance:
     context = Context(config)
     run_pipeline(gm, context)
     graph, constants = lower_ops(gm, context)

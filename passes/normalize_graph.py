@@ -20,13 +20,16 @@ import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.immutable_collections import immutable_dict
 from torch.nn.utils.stateless import _reparametrize_module
 
-from deltafx.errors import UntraceableError
+from deltafx.errors import TrainModeError, UntraceableError
+from deltafx.ops.base import arguments
 from deltafx.passes.context import identifier, rename
 from deltafx.passes.functionalize_inplace import functionalize_inplace, written_roots
+from deltafx.passes.insert_casts import autocast_state, insert_casts
 from deltafx.passes.trace_model import LITERAL, TracedModel, changed, own_state
 from deltafx.results import CONSTANTS, flatten_result
 
@@ -40,6 +43,9 @@ _IDENTITIES = {
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
 }
+READABLE = 64
+"""Elements of a weight that a model may make numbers of (sizes, factors), at most."""
+
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 
 
@@ -65,14 +71,17 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     state = {name: tensor.detach() for name, tensor in state.items()}
     out_specs: list[pytree.TreeSpec] = []
 
+    read: dict[str, Tensor] = {}  # weights whose values the model reads while it is traced
+
     def run(weights: dict[str, Tensor], tensors: list[Tensor]) -> list[Any]:
         leaves = list(flat)
         for i, tensor in zip(positions, tensors, strict=True):
             leaves[i] = tensor
-        given = dict(weights)
-        with _reparametrize_module(traced.root, weights), fx_traceback.preserve_node_meta():
+        held = {**weights, **read}
+        given = dict(held)
+        with _reparametrize_module(traced.root, held), fx_traceback.preserve_node_meta():
             out = _run(traced, pytree.tree_unflatten(leaves, spec))
-        replaced = [name for name, tensor in weights.items() if tensor is not given[name]]
+        replaced = [name for name, tensor in held.items() if tensor is not given[name]]
         if replaced:
             raise UntraceableError(f"the model replaces its own {replaced[0]!r}")
         out_flat, out_spec = flatten_result(out)
@@ -85,7 +94,12 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     before = own_state(traced.root)
     with torch.no_grad(), _quiet():
         try:
-            made = make_fx(run, pre_dispatch=True)(weights, tensors)
+            try:
+                made = make_fx(run, pre_dispatch=True)(weights, tensors)
+            except DataDependentOutputException:
+                read |= {name: t for name, t in state.items() if t.numel() <= READABLE}
+                weights = {name: t for name, t in weights.items() if name not in read}
+                made = make_fx(run, pre_dispatch=True)(weights, tensors)
         except UntraceableError:
             raise
         except Exception as error:
@@ -96,10 +110,13 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     reason = changed(before, own_state(traced.root))
     if reason:
         raise UntraceableError(reason)
-    gm = _with_weights(made, list(state), state)
+    gm = _with_weights(made, list(weights), state)
     gm.meta["out_spec"] = out_specs[-1]
     _unify_values(gm, mode)
-    _drop_modes(gm)
+    if _drop_modes(gm) or any(autocast_state()):
+        insert_casts(gm)
+    if traced.front_end not in ("fx", "python"):
+        _check_inference(gm)
     _name_nodes(gm)
     gm.meta["writes_inputs"] = _check_writes(gm, state)
     functionalize_inplace(gm)
@@ -155,6 +172,8 @@ def _run(traced: TracedModel, args: Any) -> Any:
     if traced.front_end == "fx":
         assert isinstance(traced.root, fx.GraphModule)
         return _plain(_Interpreter(traced.root).run(*args))
+    if traced.front_end != "python":
+        return traced.root(*args[:-1], **args[-1])  # its nodes tell of themselves
     with _module_stacks(traced.root):
         return traced.root(*args[:-1], **args[-1])
 
@@ -257,13 +276,31 @@ def _reshape_views(gm: fx.GraphModule) -> None:
             node.target = aten.reshape.default
 
 
-def _drop_modes(gm: fx.GraphModule) -> None:
-    """Grad modes and assertions of the model play no part in inference."""
-    for node in list(gm.graph.nodes):
+def _drop_modes(gm: fx.GraphModule) -> bool:
+    """Drops grad modes, assertions and autocast; tells whether autocast was among them."""
+    autocast = False
+    for node in reversed(list(gm.graph.nodes)):  # what leaves a mode reads what entered it
         if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
             continue
         if node.target is not operator.getitem and not node.users:
+            autocast |= node.target is torch.amp.autocast_mode._enter_autocast
             gm.graph.erase_node(node)
+    return autocast
+
+
+def _check_inference(gm: fx.GraphModule) -> None:
+    """A captured graph no longer tells the mode of its modules; their calls do.
+
+    Raises:
+        TrainModeError: A batch norm updates its statistics.
+    """
+    for node in gm.graph.nodes:
+        if node.target == aten.batch_norm.default:
+            a = arguments(node)
+            if a["training"] and a["running_mean"] is not None:
+                raise TrainModeError(
+                    "a batch norm of the model is in train mode: call model.eval() first"
+                )
 
 
 def _name_nodes(gm: fx.GraphModule) -> None:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from deltafx.errors import InvalidInputError, TrainModeError
+from deltafx.passes.captured_graph import CapturedGraph
+from deltafx.passes.insert_casts import autocast_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class TracedModel:
     Attributes:
         root: The traced graph, or the model itself.
         signature: Of `forward`, for binding arguments.
-        front_end: `"fx"` or `"python"`.
+        front_end: `"fx"`, `"python"`, or that of a `CapturedGraph`.
         reason: Why not `"fx"`, if so.
         obstacle: What the model does that no graph can, if that is known already.
     """
@@ -46,7 +48,7 @@ class TracedModel:
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments in the order of `forward`, defaults filled in.
 
-        Of a `"python"` model the last one is the dictionary of those that go by keyword.
+        Of a model that is not of fx the last one is the dictionary of those that go by keyword.
 
         Raises:
             InvalidInputError: They do not fit it.
@@ -71,6 +73,17 @@ class Tracer(fx.Tracer):
         """Remembers its thread."""
         super().__init__()
         self._thread = threading.get_ident()
+        self._autocast = autocast_state()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Adds a node as fx does, which has no word for autocast.
+
+        Raises:
+            TraceError: The model has switched autocast on or off.
+        """
+        if threading.get_ident() == self._thread and autocast_state() != self._autocast:
+            raise fx.proxy.TraceError("the model sets autocast itself")
+        return super().create_node(*args, **kwargs)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Calls a module as fx does, or as it is."""
@@ -155,6 +168,8 @@ def trace_model(model: nn.Module) -> TracedModel:
     """
     check_eval(model)
     signature = inspect.signature(model.forward)
+    if isinstance(model, CapturedGraph):
+        return TracedModel(shadow(model), signature, model.front_end)
     if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
         reason = "TorchScript has no Python code"
         return TracedModel(model, signature, "python", reason, reason)

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, fx
 
 from deltafx.ops.activation import activate, match_activation
-from deltafx.ops.base import Call, DeltaOp, Raised, Refusal, arguments, constant, is_map
+from deltafx.ops.base import (
+    Call,
+    DeltaOp,
+    Raised,
+    Refusal,
+    arguments,
+    constant,
+    is_map,
+    per_channel,
+    value,
+)
 
 aten = torch.ops.aten
 
@@ -62,6 +72,21 @@ def raise_batch_norm(node: fx.Node) -> Raised:
     return Call(affine, {"x": a["input"], "scale": scale, "shift": shift})
 
 
+def raise_addcmul(node: fx.Node) -> Raised:
+    """`aten.addcmul(shift, scale, x)` of constants per channel -> `affine(x=, scale=, shift=)`."""
+    a = arguments(node)
+    if not is_map(node):
+        return Refusal("the result of this addcmul is not a feature map [N, C, H, W]")
+    channels = int(value(node).shape[1])
+    for x, factor in ((a["tensor1"], a["tensor2"]), (a["tensor2"], a["tensor1"])):
+        rows = [constant(factor), constant(a["self"])]
+        scale, shift = (None if t is None else per_channel(t, channels) for t in rows)
+        whole = is_map(x) and value(x).shape == value(node).shape
+        if whole and scale is not None and shift is not None:
+            return Call(affine, {"x": x, "scale": scale * a["value"], "shift": shift})
+    return Refusal("this addcmul is not of one feature map and constants per channel")
+
+
 def raise_activation(node: fx.Node) -> Raised:
     """`aten.relu(x)` -> `affine(x=, act="relu")`, and so for every known activation."""
     matched = match_activation(node)
@@ -96,5 +121,6 @@ _ACTIVATIONS = (
 
 RAISE = {
     aten.batch_norm.default: raise_batch_norm,
+    aten.addcmul.default: raise_addcmul,
     **dict.fromkeys(_ACTIVATIONS, raise_activation),
 }

@@ -113,7 +113,7 @@ def test_other_layouts_stay(f, module):
 
 
 def test_a_linear_whose_weight_is_computed_stays():
-    net = Tiny(lambda m, x: F.linear(x.flatten(1), m.a.weight * 2), a=nn.Linear(12, 2))
+    net = Tiny(lambda m, x: F.linear(x.flatten(1), m.a.weight * x.max()), a=nn.Linear(12, 2))
     _, count = rewritten(lift_layouts, net, whole(1, 3, 2, 2))
     assert count == 0
 
@@ -123,3 +123,78 @@ def test_dtypes_that_have_no_operator_stay(dtype):
     net = Tiny(lambda m, x: m.a(x.mean((2, 3))), a=nn.Linear(2, 3)).to(dtype)
     _, count = rewritten(lift_layouts, net, whole(1, 2, 2, 2).to(dtype))
     assert count == 0
+
+
+def split_attention(m, x):
+    """ResNeSt's, with a gate of whole numbers in the place of its softmax."""
+    groups = x.reshape(x.shape[0], 2, 3, *x.shape[2:])
+    pooled = groups.sum(1).amax((2, 3), keepdim=True)
+    gate = torch.cat([pooled, 2 - pooled], 1).reshape(x.shape[0], 2, 3, 1, 1)
+    return (groups * gate).sum(1)
+
+
+def selective_kernel(m, x):
+    """SKNet's: paths are stacked, and the gate is made in five dimensions."""
+    paths = torch.stack([m.a(x), m.b(x)], 1)
+    pooled = paths.sum(1).amax((2, 3), keepdim=True)
+    gate = torch.stack([pooled, 1 - pooled], 1).clamp(max=2)
+    return (gate * paths).sum(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("f", "count"), [(split_attention, 3), (selective_kernel, 5)], ids=["split", "selective"]
+)
+def test_attention_over_groups_of_channels(f, count):
+    net = Tiny(f, a=nn.Conv2d(6, 6, 1), b=nn.Conv2d(6, 6, 3, padding=1))
+    gm, got = rewritten(lift_layouts, net, whole(2, 6, 4, 5))
+    assert got == count
+    assert not {"sum", "mul"} & set(calls(gm))
+    assert calls(gm).count("slice_channels") == 4
+    assert [n.kwargs["op"] for n in gm.graph.nodes if n.kwargs.get("op")] == ["add", "mul", "add"]
+
+
+def test_groups_are_seen_through():
+    net = Tiny(lambda m, x: x.reshape(1, 2, 3, 4, 4).reshape(1, 6, 4, 4))
+    gm, _ = rewritten(lift_layouts, net, whole(1, 6, 4, 4))
+    assert calls(gm) == []
+
+
+def test_three_groups():
+    net = Tiny(lambda m, x: x.reshape(1, 3, 2, 4, 4).sum(1))
+    gm, _ = rewritten(lift_layouts, net, whole(1, 6, 4, 4))
+    assert calls(gm) == ["slice_channels"] * 2 + ["binary", "slice_channels", "binary"]
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda m, x: x.reshape(1, 2, 3, 4, 4).sum(2),
+        lambda m, x: x.reshape(1, 2, 3, 4, 4).sum(1, keepdim=True),
+        lambda m, x: x.reshape(1, 2, 3, 4, 4).sum((1, 2)),
+        lambda m, x: x.reshape(1, 6, 2, 2, 4).sum(1),
+        lambda m, x: x.reshape(1, 2, 3, 4, 4) * x.reshape(1, 2, 3, 4, 4)[:, :1],
+        lambda m, x: torch.stack([x, x], 2).sum(1),
+    ],
+)
+def test_other_groups_stay(f):
+    _, count = rewritten(lift_layouts, Tiny(f), whole(1, 6, 4, 4))
+    assert count == 0
+
+
+def test_parts_of_channels_last_maps():
+    def f(m, x):
+        a, b, c = torch.split(m.a(x.permute(NHWC)), [1, 2, 3], dim=-1)
+        return torch.cat([b, a * 2, c[..., -2:]], -1).permute(NCHW)
+
+    gm, _ = rewritten(lift_layouts, Tiny(f, a=nn.Linear(3, 6)), whole(1, 3, 4, 4))
+    assert not {"cat", "slice", "permute", "linear"} & set(calls(gm))
+
+
+def test_a_layer_norm_behind_the_pool():
+    net = Tiny(lambda m, x: m.a(x.amax((2, 3), keepdim=True).flatten(1)), a=nn.LayerNorm(2))
+    net.a.eps = 0.0
+    x = whole(1, 1, 3, 3).repeat(1, 2, 1, 1)
+    x[:, 1] += 2  # deviation 1
+    gm, count = rewritten(lift_layouts, net, x)
+    assert count == 1
+    assert "layer_norm" in calls(gm)

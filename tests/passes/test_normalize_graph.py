@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import deltafx
 from deltafx.passes.functionalize_inplace import functionalize_inplace
 from deltafx.passes.normalize_graph import drop_identities, split_into_slices
 from deltafx.verify import verify
+from tests.exactness import exact_over
 from tests.passes.graphs import Tiny, TinyPair, assert_same, calls, node, normalized, run, whole
 
 
@@ -219,3 +221,26 @@ def test_unbind_is_no_split():
 def test_two_inputs_and_a_batch_of_integers():
     net = TinyPair(lambda m, x, y: m.a(x) + y.float(), a=nn.Conv2d(2, 2, 1))
     check(net, whole(1, 2, 4, 4), torch.randint(0, 255, (1, 2, 4, 4), dtype=torch.uint8))
+
+
+class Scaled(nn.Module):
+    """As models from ONNX do: the factor of a resize is read out of a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 1)
+        self.register_buffer("factors", torch.tensor([1.0, 1.0, 2.0, 3.0]))
+
+    def forward(self, x):
+        return F.interpolate(self.conv(x), scale_factor=self.factors.tolist()[2:])
+
+
+def test_numbers_are_read_out_of_buffers():
+    model = Scaled().eval()
+    compiled = deltafx.compile(model, threshold=0)
+    frames = [torch.randn(1, 2, 4, 4) for _ in range(3)]
+    exact_over(model, compiled, frames)
+    assert not [n for n in compiled.explain() if n.kind == "dense"]
+    model.factors[2] = 4
+    exact_over(model, compiled, frames)
+    assert tuple(compiled(frames[0]).shape) == (1, 3, 16, 12)

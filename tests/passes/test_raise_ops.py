@@ -36,6 +36,8 @@ RAISED = {
     "number minus": lambda m, x: 3 - x,
     "per channel": lambda m, x: x * m.scale,
     "divide": lambda m, x: x / 4,
+    "addcmul": lambda m, x: torch.addcmul(m.scale, m.scale + 1, x, value=2),
+    "addcmul the other way": lambda m, x: torch.addcmul(m.scale, x, m.scale),
     "cat": lambda m, x: torch.cat([x, x], 1),
     "cat of negative": lambda m, x: torch.cat([x, x], -3),
     "slice": lambda m, x: x[:, 1:],
@@ -66,7 +68,7 @@ def test_raised(name):
 STAYS = {
     "one-sided padding": (lambda m, x: F.conv2d(x, m.even.weight, padding="same"), "symmetric"),
     "wide padding": (lambda m, x: F.conv2d(x, m.conv.weight, padding=5), "wider than the kernel"),
-    "computed weight": (lambda m, x: F.conv2d(x, m.conv.weight + 1), "computed by the model"),
+    "computed weight": (lambda m, x: F.conv2d(x, m.conv.weight + x.max()), "computed by the model"),
     "batch statistics": (
         lambda m, x: F.batch_norm(x, None, None, training=True) * 0,
         "statistics of the batch",
@@ -80,6 +82,8 @@ STAYS = {
     "a row of gates": (lambda m, x: x + x[:, :, :1], "not a gate"),
     "widened": (lambda m, x: x[:, :1] + torch.ones(1, 2, 1, 1), "widens the operand"),
     "tensor over": (lambda m, x: torch.tensor(3.0) / (x * 0 + 1), "constant divided"),
+    "addcmul of maps": (lambda m, x: torch.addcmul(x, x, m.scale), "constants per channel"),
+    "widening addcmul": (lambda m, x: torch.addcmul(m.scale, m.scale, x[:, :1]), "per channel"),
     "cat of rows": (lambda m, x: torch.cat([x, x], 2), "not over the channels"),
     "every second": (lambda m, x: x[:, ::2], "not of the channels"),
     "slice of rows": (lambda m, x: x[:, :, 1:3], "not of the channels"),
