@@ -164,22 +164,33 @@ def row(name: str, r: dict[str, Any]) -> str:
 def render(results: dict[str, Any]) -> str:
     """The text of docs/coverage.md."""
     text = [HEAD.format(frames=FRAMES, height=SPEED_SIZE[0], width=SPEED_SIZE[1])]
+    cases = all_cases()
     for family, title in FAMILIES.items():
         rows = {name: r for name, r in results.items() if r["family"] == family}
-        if not rows:
-            continue
-        shares = [r["share"] for r in rows.values() if r["convolutional"]]
-        text += [
-            f"## {title}\n",
-            f"{len(rows)} models, {sum(r['exact'] for r in rows.values())} exact; of the "
-            f"{len(shares)} convolutional ones {sum(s >= 0.995 for s in shares)} have 99.5 % of "
-            f"their multiply-adds in delta ops; the least is {100 * min(shares):.1f} %.\n",
-            COLUMNS,
-            "|" + " --- |" * (COLUMNS.count("|") - 1),
-            *(row(name, r) for name, r in rows.items()),
-            "",
-        ]
+        missing = [c.name for c in cases.values() if c.family == family and c.name not in results]
+        text.append(f"## {title}\n")
+        if rows:
+            text += [
+                summary(list(rows.values())),
+                COLUMNS,
+                "|" + " --- |" * (COLUMNS.count("|") - 1),
+                *(row(name, r) for name, r in rows.items()),
+                "",
+            ]
+        if missing:
+            text.append(f"Not measured yet: {', '.join(missing)}.\n")
     return "\n".join(text)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A family in a sentence."""
+    shares = [r["share"] for r in rows if r["convolutional"]]
+    exact = sum(r["exact"] and r["dynamo"]["exact"] for r in rows)
+    return (
+        f"{len(rows)} models, {exact} of them exact both ways; of the {len(shares)} convolutional "
+        f"ones {sum(s >= 0.995 for s in shares)} have 99.5 % of their multiply-adds in delta ops, "
+        f"the least is {100 * min(shares):.1f} %.\n"
+    )
 
 
 def main() -> None:

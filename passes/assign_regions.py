@@ -65,7 +65,7 @@ def maps_of(node: fx.Node) -> list[fx.Node]:
 def _insert_encodes(gm: fx.GraphModule, context: Context) -> None:
     encodes: dict[fx.Node, fx.Node] = {}
     # Constants may stand before the inputs.
-    first = [n for n in gm.graph.nodes if n.op == "placeholder"][-1].next
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node in list(gm.graph.nodes):
         if not _is_delta(node):
             continue
@@ -75,7 +75,7 @@ def _insert_encodes(gm: fx.GraphModule, context: Context) -> None:
             if source not in encodes:
                 frame = source.op == "placeholder"
                 block = context.config.input_block if frame else 1
-                before = first if frame else source.next
+                before = inputs[-1].next if frame else source.next
                 call = Call(encode, {"x": source, "block": block})
                 new = insert_call(gm, call, before, value(source), f"{source.name}_encoded")
                 new.meta["delta"] = True

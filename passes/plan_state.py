@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from deltafx.ops import delta_op, is_view
@@ -59,7 +60,8 @@ def plan_state(gm: fx.GraphModule, context: Context) -> int:
 
 
 def _device(gm: fx.GraphModule) -> Any:
-    return next(value(n).device for n in gm.graph.nodes if n.op == "placeholder")
+    inputs = (value(n).device for n in gm.graph.nodes if n.op == "placeholder")
+    return next(inputs, torch.device("cpu"))
 
 
 def _channels(node: fx.Node) -> int:

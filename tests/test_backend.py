@@ -294,6 +294,27 @@ def test_what_the_model_writes_into_is_written():
             assert torch.equal(ours.seen, model.seen)
 
 
+class Anchors(nn.Module):
+    """A region that reads no input: constants, and random numbers that cannot be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.register_buffer("grid", torch.randn(1, 3, 5, 5))
+
+    def forward(self, x):
+        y = torch.relu(self.grid + 0 * torch.rand(1, 3, 5, 5))
+        torch._dynamo.graph_break()
+        return self.conv(x) + y
+
+
+def test_a_region_without_inputs():
+    model = Anchors().eval()
+    compiled = compiled_with(model)
+    with torch.no_grad():
+        exact_over(model, compiled, frames(1, 3, 5, 5))
+
+
 def test_functions():
     net, other = Net().eval(), nn.Conv2d(4, 2, 1)
 

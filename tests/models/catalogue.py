@@ -128,7 +128,12 @@ def timm_cases() -> list[Case]:
 def smp_cases() -> list[Case]:
     """Those of segmentation_models_pytorch."""
     return [
-        Case(f"smp {name}", "smp", partial(build, encoder_weights=None, classes=5))
+        Case(
+            f"smp {name}",
+            "smp",
+            partial(build, encoder_weights=None, classes=5),
+            (128, 160) if name == "PAN" else (96, 128),  # it pools three times more
+        )
         for name, build in SMP.items()
     ]
 
