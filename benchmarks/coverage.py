@@ -28,7 +28,7 @@ from torch import Tensor
 import deltafx
 from tests.exactness import Oracle
 from tests.models.catalogue import Case, all_cases
-from tests.models.footage import clip, scene
+from tests.models.frames import clip, scene
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/coverage.json"

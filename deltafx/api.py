@@ -49,8 +49,8 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
 
     Raises:
         InvalidOptionError: An option is unknown or out of its range.
-        InvalidInputError: `model` is neither a module nor an exported program, or
-            `example_inputs` is no tuple.
+        InvalidInputError: `model` is neither a module nor an exported program, or `example_inputs`
+            is no tuple.
         TrainModeError: The model is in train mode.
     """
     config = Config.from_options({"threshold": threshold, "thresholds": thresholds, **options})

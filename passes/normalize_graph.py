@@ -115,7 +115,7 @@ def normalize_graph(traced: TracedModel, args: Sequence[Any]) -> fx.GraphModule:
     _unify_values(gm, mode)
     if _drop_modes(gm) or any(autocast_state()):
         insert_casts(gm)
-    if traced.front_end != "fx":
+    if traced.front_end not in ("fx", "python"):
         _check_inference(gm)
     _name_nodes(gm)
     gm.meta["writes_inputs"] = _check_writes(gm, state)
@@ -172,6 +172,8 @@ def _run(traced: TracedModel, args: Any) -> Any:
     if traced.front_end == "fx":
         assert isinstance(traced.root, fx.GraphModule)
         return _plain(_Interpreter(traced.root).run(*args))
+    if traced.front_end != "python":
+        return traced.root(*args[:-1], **args[-1])  # its nodes tell of themselves
     with _module_stacks(traced.root):
         return traced.root(*args[:-1], **args[-1])
 

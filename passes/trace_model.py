@@ -182,7 +182,7 @@ def trace_model(model: nn.Module) -> TracedModel:
     check_eval(model)
     signature = inspect.signature(model.forward)
     if isinstance(model, CapturedGraph):
-        return TracedModel(model, signature, model.front_end)
+        return TracedModel(shadow(model), signature, model.front_end)
     if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
         reason = "TorchScript has no Python code"
         return TracedModel(model, signature, "python", reason, reason)

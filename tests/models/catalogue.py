@@ -21,7 +21,7 @@ import torchvision
 from torch import nn
 
 from deltafx.models_zoo import calibrate_batch_norm
-from tests.models.footage import clip
+from tests.models.frames import clip
 from tests.models.onnx_graph import face_detector
 
 CLASSIFICATION = torchvision.models.list_models(module=torchvision.models)

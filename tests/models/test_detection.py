@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import deltafx
 from deltafx.models_zoo import calibrate_batch_norm
-from tests.models.footage import PLAIN, clip
+from tests.models.frames import PLAIN, clip
 
 NAMES = torchvision.models.list_models(module=torchvision.models.detection)
 FAST = {"fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"}

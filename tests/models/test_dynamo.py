@@ -9,7 +9,7 @@ import torchvision
 import deltafx
 from tests.exactness import Oracle
 from tests.models.catalogue import all_cases
-from tests.models.footage import clip, scene
+from tests.models.frames import clip, scene
 
 CASES = all_cases()
 

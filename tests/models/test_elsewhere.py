@@ -7,7 +7,7 @@ import pytest
 import deltafx
 from tests.exactness import Oracle
 from tests.models.catalogue import TIMM, onnx_cases, smp_cases, timm_cases
-from tests.models.footage import scene
+from tests.models.frames import scene
 
 CASES = {case.name: case for case in timm_cases() + smp_cases() + onnx_cases()}
 

@@ -12,7 +12,7 @@ import torch
 import deltafx
 from tests.exactness import Oracle
 from tests.models.catalogue import CLASSIFICATION, SEGMENTATION, torchvision_cases
-from tests.models.footage import scene
+from tests.models.frames import scene
 
 CASES = {case.name: case for case in torchvision_cases()}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import deltafx
 from deltafx.models_zoo import calibrate_batch_norm
 from tests.exactness import Oracle, floats
-from tests.models.footage import clip
+from tests.models.frames import clip
 
 VIDEO = torchvision.models.list_models(module=torchvision.models.video)
 FLOW = torchvision.models.list_models(module=torchvision.models.optical_flow)

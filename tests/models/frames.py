@@ -1,4 +1,4 @@
-"""Frames of the shipped clips, as models take them."""
+"""Frames of the shipped clips, as the tests of whole models feed them."""
 
 from __future__ import annotations
 
