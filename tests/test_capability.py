@@ -9,7 +9,7 @@ from deltafx.errors import UnsupportedDeviceError
 
 def test_old_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(UnsupportedDeviceError, match="compute capability 7.5.* need 8.0"):
+    with pytest.raises(UnsupportedDeviceError, match=r"compute capability 7\.5.* need 8\.0"):
         check_capability(torch.device("cuda", 0))
 
 
