@@ -50,7 +50,7 @@ class Config:
     scale_floor: float = 0.05
     max_states: int = 4
     cuda_graph: bool = True
-    dense_above: float = 0.25
+    dense_above: float = 0.35
 
     def __post_init__(self) -> None:
         """Checks every field.

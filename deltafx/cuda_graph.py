@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deltafx.errors import CudaGraphWarning
+from deltafx.errors import CudaGraphWarning, UnsupportedDeviceError
 from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan
 
 WARM_UP_FRAMES = 2
@@ -41,6 +41,25 @@ BRANCHES = ("delta", "dense", "nothing")
 
 MOST_INPUTS = 8
 """kMostInputs there."""
+
+
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU that has the instructions of the convolutions' kernels."""
+
+
+def check_capability(device: torch.device) -> None:
+    """Refuses a GPU that is too old.
+
+    Raises:
+        UnsupportedDeviceError: It is.
+    """
+    found = torch.cuda.get_device_capability(device)
+    if found < LEAST_CAPABILITY:
+        raise UnsupportedDeviceError(
+            f"{device} has compute capability {found[0]}.{found[1]}, and the CUDA operators need "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (Ampere) or newer; run the model on the "
+            "CPU, or with plain torch"
+        )
 
 
 class FrameGraph:
@@ -194,7 +213,9 @@ class FrameGraph:
             self._tensors[MASKS],
             self._tensors[COUNTS],
         )
-        run()  # cuDNN chooses its algorithms
+        # Once outside of a frame: cuDNN chooses its algorithms, and no other op has a candidate.
+        torch.ops.deltafx.clear_masks(masks, counts)
+        run()
 
         def body() -> None:
             masks.fill_(True)

@@ -43,6 +43,10 @@ class NotCompiledError(DeltafxError, RuntimeError):
     """Something was asked that is known only after the first frame (or with `example_inputs`)."""
 
 
+class UnsupportedDeviceError(DeltafxError, RuntimeError):
+    """The operators do not run on this device."""
+
+
 class VerificationError(DeltafxError, AssertionError):
     """A pass left the graph in a state that its stage forbids: a bug in deltafx."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from deltafx import calibration
 from deltafx.config import Config
-from deltafx.cuda_graph import FrameGraph
+from deltafx.cuda_graph import FrameGraph, check_capability
 from deltafx.errors import (
     InvalidInputError,
     NotCompiledError,
@@ -371,6 +371,8 @@ class DeltaModule(fx.GraphModule):
         # Anew: tensors of the model may have been replaced since, or the model put in train mode.
         self._traced = trace_model(self.model)
         instance = emit_instance(self._traced, self.config, bound)
+        if instance.plan.device.type == "cuda":
+            check_capability(instance.plan.device)
         buffers = {**instance.constants, **allocate(instance.plan)}
         self._buffers.clear()
         self._buffers.update(buffers)

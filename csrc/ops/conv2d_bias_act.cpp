@@ -1,5 +1,6 @@
 // deltafx::conv2d_bias_act: a convolution at every site with its bias, residual and relu, by cuDNN,
-// straight into the accumulator. CUDA only, and only where torch came with cuDNN.
+// straight into the accumulator. CUDA and half precision only, and only where torch came with
+// cuDNN.
 #if defined(DELTAFX_CUDA) && __has_include(<cudnn.h>)
 #define DELTAFX_CUDNN
 #include <ATen/cudnn/Handle.h>
@@ -61,12 +62,12 @@ class Owned {
 
 cudnnDataType_t data_type(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat:
-      return CUDNN_DATA_FLOAT;
     case at::kBFloat16:
       return CUDNN_DATA_BFLOAT16;
-    default:
+    case at::kHalf:
       return CUDNN_DATA_HALF;
+    default:
+      TORCH_CHECK_TYPE(false, "deltafx: this is for half precision, not for ", t.scalar_type());
   }
 }
 
@@ -87,9 +88,7 @@ void set_tensor(cudnnTensorDescriptor_t descriptor, const Tensor& t) {
 
 void conv2d_bias_act(const Tensor& acc, const Tensor& x, const Tensor& weight, const Tensor& bias,
                      const OptionalTensor& residual, at::IntArrayRef stride,
-                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool relu,
-                     bool allow_tf32) {
-  dtype_of(acc, "acc");
+                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, bool relu) {
   check_like(acc, acc, "acc");
   check_like(x, acc, "x");
   check_like(weight, acc, "weight");
@@ -121,8 +120,7 @@ void conv2d_bias_act(const Tensor& acc, const Tensor& x, const Tensor& weight, c
         int_of(wx.stride), int_of(wy.dilation), int_of(wx.dilation), CUDNN_CROSS_CORRELATION,
         CUDNN_DATA_FLOAT);
   CUDNN(cudnnSetConvolutionGroupCount, cd, int_of(groups));
-  CUDNN(cudnnSetConvolutionMathType, cd,
-        acc.scalar_type() == at::kFloat && !allow_tf32 ? CUDNN_FMA_MATH : CUDNN_TENSOR_OP_MATH);
+  CUDNN(cudnnSetConvolutionMathType, cd, CUDNN_TENSOR_OP_MATH);
   CUDNN(cudnnSetActivationDescriptor, ad, relu ? CUDNN_ACTIVATION_RELU : CUDNN_ACTIVATION_IDENTITY,
         CUDNN_PROPAGATE_NAN, 0.0);
   // The one algorithm that also goes without an activation. It sums each output's own window, so
@@ -146,7 +144,7 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def(
       "conv2d_bias_act(Tensor(a!) acc, Tensor x, Tensor weight, Tensor bias, Tensor? residual, "
       "int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, bool relu, bool allow_tf32) -> ()",
+      "int[2] dilation, int groups, bool relu) -> ()",
       {at::Tag::pt2_compliant_tag});
 }
 #ifdef DELTAFX_CUDNN

@@ -75,11 +75,12 @@ def conv2d_everywhere(
     plain = act == "identity" or (
         act == "relu" and not (residual_after_act and residual is not None)
     )
-    if plain and groups == 1 and all(_is_whole(t) for t in (acc, residual)):
+    half = acc.dtype.itemsize == 2
+    if half and plain and groups == 1 and all(_is_whole(t) for t in (acc, residual)):
         try:
             torch.ops.deltafx.conv2d_bias_act(
                 acc, x, weight, rounded_bias, residual, stride, padding, dilation, groups,
-                act == "relu", cudnn.allow_tf32,
+                act == "relu",
             )  # fmt: skip
             return
         except RuntimeError:

@@ -143,7 +143,7 @@ def test_explain_tells_how_frames_run() -> None:
     assert "after 2 frames" in model.explain().frames
     model, _ = warm(net)
     assert "one CUDA graph; nothing beyond the comparison" in model.explain().frames
-    assert "more than 25% of the input" in str(model.explain())
+    assert "more than 35% of the input" in str(model.explain())
     model, _ = warm(net, dense_above=1.0)
     assert "cuDNN" not in model.explain().frames
 

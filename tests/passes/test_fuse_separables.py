@@ -8,8 +8,6 @@ from deltafx.ops.separable_conv2d import separable_conv2d
 from deltafx.passes.fuse_separables import fuse_separables
 from tests.passes.graphs import Tiny, calls, node, rewritten, whole
 
-pytestmark = pytest.mark.usefixtures("on_device")
-
 
 def tiny(f):
     return Tiny(

@@ -107,7 +107,9 @@ def _written(x):
 
 
 @pytest.mark.parametrize("name", STAYS)
-def test_refused_with_a_reason(name):
+def test_refused_with_a_reason(name, device):
+    if device.type == "cuda" and name == "half":
+        pytest.skip("CUDA has operators for it")
     f, reason = STAYS[name]
     gm, context = before(raise_ops, net(f), whole(2, 2, 6, 6))
     raise_ops(gm, context)
