@@ -274,7 +274,7 @@ def own_state(model: nn.Module) -> State:
 
 def _kept(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return [value, value._version]
+        return [value, None if value.is_inference() else value._version]
     return copy.copy(value) if type(value) in _CONTAINERS else value
 
 

@@ -301,6 +301,16 @@ def test_a_model_made_in_inference_mode():
             assert torch.allclose(compiled(x), model(x), atol=1e-5)
 
 
+def test_buffers_made_in_inference_mode():
+    """They have no version that would tell whether the model writes into them."""
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        compiled = deltafx.compile(model, threshold=0)
+        x = torch.randn(1, 3, 8, 8)
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+        assert compiled.explain().front_end == "fx"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_dtypes_without_operators_run_dense(dtype, device):
     if device.type == "cuda" and dtype == torch.float16:
