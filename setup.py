@@ -7,8 +7,8 @@ not depend on the version of Python. Compilation goes through ninja, so a second
 incremental.
 
 Environment: `DELTAFX_CUDA=0` leaves the CUDA operators out; `TORCH_CUDA_ARCH_LIST` (torch's own
-variable, for example "8.6;9.0") chooses the GPU architectures, by default those of the GPUs of this
-machine, or 9.0 if it has none.
+variable, for example "8.6;9.0a") chooses the GPU architectures, by default that of the GPU of this
+machine, or 9.0a if it has none; only 9.0a, not 9.0, has the kernels for Hopper's tensor cores.
 """
 
 import os
@@ -22,7 +22,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-DEFAULT_CUDA_ARCH = "9.0"
+DEFAULT_CUDA_ARCH = "9.0a"
 HEADERS = (".h", ".inl", ".cuh")
 
 
@@ -80,6 +80,16 @@ def sources(suffix: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob(f"*{suffix}"))
 
 
+def default_cuda_arch() -> str:
+    """Return the architecture of this machine's GPU, as TORCH_CUDA_ARCH_LIST has it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return DEFAULT_CUDA_ARCH
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
 def check_object_names(files: list[str]) -> None:
     """Refuse two sources that would be compiled to the same object file (`x.cpp` and `x.cu`)."""
     stems = [os.path.splitext(file)[0] for file in files]
@@ -100,6 +110,8 @@ def make_extension(toolkit: Path | None):
     flags = {"cxx": host}
     if toolkit is not None:
         files, kind, macros = files + sources(".cu"), CUDAExtension, [("DELTAFX_CUDA", None)]
+        if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
+            macros.append(("DELTAFX_SM90A", None))
         system = [flag for path in pip_cuda_include() for flag in ("-isystem", path)]
         flags = {"cxx": host + system, "nvcc": ["-O3", "-std=c++17", "-lineinfo", *system]}
     check_object_names(files)
@@ -123,10 +135,7 @@ def extension_arguments() -> dict:
     if toolkit is not None:
         # torch reads both when its build tools are imported.
         os.environ["CUDA_HOME"] = str(toolkit)
-        import torch
-
-        if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCH)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_cuda_arch())
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildOperators(BuildExtension):

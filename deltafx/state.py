@@ -71,7 +71,7 @@ class StatePlan:
     def bytes(self) -> int:
         """Bytes of all tensors that `allocate` makes."""
         rows = 16 * len(self.nodes) + 4 * len(self.truncating)
-        scales = 4 * sum(self.truncating.values())
+        scales = 4 * sum(map(scale_room, self.truncating.values()))
         work = 4 * sum(math.prod(shape) for shape in self.workspaces.values())
         return sum(self.bytes_by_slot().values()) + rows + scales + work
 
@@ -93,7 +93,7 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
         ),
         COUNTS: torch.zeros((len(plan.nodes), 2), dtype=torch.int64, device=device),
         THRESHOLDS: torch.zeros(len(plan.truncating), device=device),
-        SCALES: torch.ones(sum(plan.truncating.values()), device=device),
+        SCALES: torch.ones(sum(map(scale_room, plan.truncating.values())), device=device),
     }
     first = 0
     for slot in plan.slots.values():
@@ -115,10 +115,15 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
     for i, (node, channels) in enumerate(plan.truncating.items()):
         made[threshold_name(node)] = made[THRESHOLDS][i]
         made[scale_name(node)] = made[SCALES][first : first + channels]
-        first += channels
+        first += scale_room(channels)
     for name, shape in plan.workspaces.items():
         made[name] = torch.zeros(shape, device=device)
     return made
+
+
+def scale_room(channels: int) -> int:
+    """How many scales a node takes up: vectors of four, so that each node's are aligned."""
+    return -(-channels // 4) * 4
 
 
 def allocated_bytes(tensors: Iterable[Tensor]) -> int:

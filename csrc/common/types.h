@@ -66,7 +66,7 @@ struct Truncation {
 };
 
 // What every delta op writes. counts[0] is the number of candidates, counts[1] the number of sites
-// this op made active, both of this frame.
+// this op made active, both of this frame; they are cleared with the masks, and count up from 0.
 struct Output {
   FeatureMap acc;
   Mask mask;

@@ -1,7 +1,6 @@
-// Candidate lists on the device. The sites of the output are cut into segments; a block lists the
-// candidates of each, in order, at the segment's place. A reader adds up the segments' counts, so
-// nothing has to be cleared beforehand, no count ever leaves the device, and the order of the list
-// does not depend on timing.
+// Candidate lists on the device: a kernel appends the candidates of an op to its list, counting
+// them in the op's counts[0], which clear_masks has cleared. No count ever leaves the device. Sites
+// that a thread finds stay together and in order; nothing depends on the order of the rest.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -9,148 +8,171 @@
 
 namespace deltafx::cuda {
 
-constexpr int kMostSegments = 1024;
 constexpr int kListThreads = 256;
+constexpr int kFlags = 8;  // neighbouring sites that a thread looks at together
 
-// Entries hold a site; the top bit is free for the op, to mark sites that it made active.
+using Count = unsigned long long;
+__device__ __forceinline__ void add_to(int64_t* count, int more) {
+  atomicAdd(reinterpret_cast<Count*>(count), static_cast<Count>(more));
+}
+
+// Entries hold a site; the top bit is free for the op, to mark sites that it made active. An op may
+// have several parts, one after another: a part's candidates stand at [*begin, *end), and its
+// reader puts *end down in *next_begin.
 struct CandidateList {
   int32_t* entries;
-  int32_t* counts;  // per segment
-  int segments, segment_size;
+  int64_t* end;          // the op's counts[0]
+  const int32_t* begin;  // null: 0
+  int32_t* next_begin;   // null: this is the last part
+
+  __device__ int first() const { return begin != nullptr ? *begin : 0; }
+  // Called by the reader, once its inputs are there.
+  __device__ int last() const {
+    const int value = static_cast<int>(*end);
+    if (next_begin != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *next_begin = value;
+    return value;
+  }
 };
 constexpr uint32_t kActiveBit = 0x80000000u;
-
-// The part of a list for [n, h, w] output sites; `memory` has list_ints(sites) ints.
-inline int64_t list_segment_size(int64_t sites) {
-  const int64_t rounds =
-      (sites + int64_t{kListThreads} * kMostSegments - 1) / (int64_t{kListThreads} * kMostSegments);
-  return kListThreads * (rounds < 1 ? 1 : rounds);
-}
-inline CandidateList list_in(int32_t* memory, int64_t sites) {
-  const int64_t size = list_segment_size(sites);
-  return {memory + kMostSegments, memory, static_cast<int>((sites + size - 1) / size),
-          static_cast<int>(size)};
+__device__ __forceinline__ int site_in(int32_t entry) {
+  return static_cast<int>(static_cast<uint32_t>(entry) & ~kActiveBit);
 }
 
-// Whether any of `count` bytes from `bytes` on, step apart, is set. Up to eight neighbours are read
-// as two words; `end` is where the mask ends, beyond which no word may reach.
-__device__ __forceinline__ bool any_set(const uint8_t* bytes, int count, int step,
-                                        const uint8_t* begin, const uint8_t* end) {
-  const auto address = reinterpret_cast<uintptr_t>(bytes);
-  const uint8_t* low = bytes - address % 8;
-  if (step == 1 && count > 2 && count <= 8 && low >= begin && low + 16 <= end) {
-    const unsigned shift = address % 8 * 8;
-    const auto* words = reinterpret_cast<const unsigned long long*>(low);
-    unsigned long long v = words[0] >> shift;
+// The list of part `part` of an op of `parts`; `memory` has list_ints(sites) ints.
+constexpr int kListHeader = 4;  // two of them hold the beginnings of even and odd parts
+inline CandidateList list_in(int32_t* memory, int64_t* counts, int part = 0, int parts = 1) {
+  return {memory + kListHeader, counts, part > 0 ? memory + part % 2 : nullptr,
+          part + 1 < parts ? memory + (part + 1) % 2 : nullptr};
+}
+
+// Bytes x to x + 7 of a row of a mask, row = n * h + y; 0 outside of it. kSlack: the eight bytes
+// before and after the mask may be read too.
+template <bool kSlack = false>
+__device__ __forceinline__ uint64_t eight_bytes(const Mask& mask, int row, int x) {
+  const int w = static_cast<int>(mask.w);
+  if (x <= -8 || x >= w) return 0;
+  const uint8_t* from = mask.data + static_cast<int64_t>(row) * w + x;
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  const auto* words = reinterpret_cast<const uint64_t*>(address & ~uintptr_t{7});
+  const unsigned shift = address % 8 * 8;
+  uint64_t v = 0;
+  if (kSlack) {
+    const uint64_t low = words[0], high = words[1];
+    v = shift != 0 ? low >> shift | high << (64 - shift) : low;
+  } else if (reinterpret_cast<const uint8_t*>(words) >= mask.data &&
+             reinterpret_cast<const uint8_t*>(words + (shift != 0 ? 2 : 1)) <=
+                 mask.data + mask.n * mask.h * mask.w) {
+    v = words[0] >> shift;
     if (shift != 0) v |= words[1] << (64 - shift);
-    return (v & ~0ull >> (64 - count * 8)) != 0;
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i)
+      if (x + i >= 0 && x + i < w) v |= static_cast<uint64_t>(from[i]) << (8 * i);
   }
-  bool found = false;
-  for (int i = 0; i < count; ++i) found |= bytes[i * step] != 0;
-  return found;
+  if (x < 0) v = v >> (-8 * x) << (-8 * x);
+  if (x + 8 > w) v &= ~uint64_t{0} >> (8 * (x + 8 - w));
+  return v;
+}
+
+// Bit i: byte i is set. The bytes are 0 or 1.
+__device__ __forceinline__ uint32_t bits_of(uint64_t bytes) {
+  return static_cast<uint32_t>((bytes & 0x0101010101010101ull) * 0x0102040810204080ull >> 56);
 }
 
 // What makes an output site a candidate, where that is the site itself.
 struct SiteQuery {
   Mask mask;
-  __device__ bool operator()(const Position& at) const {
-    return mask.data[(static_cast<int64_t>(at.n) * mask.h + at.y) * mask.w + at.x] != 0;
+  __device__ uint32_t flags(const Position& at, int count) const {
+    const uint64_t bytes = eight_bytes(mask, at.n * static_cast<int>(mask.h) + at.y, at.x);
+    return bits_of(bytes) & ((1u << count) - 1);
   }
 };
+
+// Which of the `count` sites from `at` on, in a row, a query finds; a query answers for all of them
+// or, where it has no flags(), for one.
+template <class Query>
+__device__ __forceinline__ auto flags_of(const Query& query, const Position& at, int count, int)
+    -> decltype(query.flags(at, count)) {
+  return query.flags(at, count);
+}
+template <class Query>
+__device__ __forceinline__ uint32_t flags_of(const Query& query, Position at, int count, long) {
+  uint32_t flags = 0;
+  for (int i = 0; i < count; ++i, ++at.x) flags |= (query(at) ? 1u : 0u) << i;
+  return flags;
+}
+
+// The sites [n, h, w] in runs of kFlags of a row.
+struct SiteRuns {
+  int h, w, size;
+  Divisor per_row, rows;
+  SiteRuns() = default;
+  explicit SiteRuns(const FeatureMap& map)
+      : h(static_cast<int>(map.h)),
+        w(static_cast<int>(map.w)),
+        size(static_cast<int>(map.n * map.h) * ((w + kFlags - 1) / kFlags)),
+        per_row((w + kFlags - 1) / kFlags),
+        rows(h) {}
+  __host__ __device__ int count() const { return size; }
+  // The first site of a run, as an index, and what the query says of the run.
+  template <class Query>
+  __device__ uint32_t flags(const Query& query, int run, int* site) const {
+    const int row = per_row.divide(run), stream = rows.divide(row);
+    const int x = (run - row * per_row.value) * kFlags;
+    *site = row * w + x;
+    const Position at{stream, row - stream * h, x};
+    return flags_of(query, at, min(kFlags, w - x), 0);
+  }
+};
+
+// The sum over the threads before this one; *total: over all threads of the block.
+template <int kThreads>
+__device__ __forceinline__ int sum_before(int value, int (&warps)[kThreads / 32], int* total) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int below = __shfl_up_sync(kAllLanes, sum, step);
+    if (lane >= step) sum += below;
+  }
+  if (lane == 31) warps[warp] = sum;
+  __syncthreads();
+  int before = sum - value, all = 0;
+#pragma unroll
+  for (int i = 0; i < kThreads / 32; ++i) {
+    if (i < warp) before += warps[i];
+    all += warps[i];
+  }
+  *total = all;
+  return before;
+}
 
 template <class Query>
 __global__ void __launch_bounds__(kListThreads)
-    list_kernel(Query query, int n, int h, int w, CandidateList list, int64_t* op_counts) {
-  __shared__ int totals[kListThreads / 32];
+    list_kernel(const __grid_constant__ Query query, SiteRuns runs, CandidateList list) {
+  __shared__ int warps[kListThreads / 32];
+  __shared__ int first;
   wait_for_inputs();
-  if (blockIdx.x == 0 && threadIdx.x == 0 && op_counts != nullptr) op_counts[0] = op_counts[1] = 0;
-  const int sites = n * h * w, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * list.segment_size;
-  int size = 0;
-  for (int offset = 0; offset < list.segment_size; offset += kListThreads) {
-    const int64_t site = first + offset + threadIdx.x;
-    const bool found = site < sites && query(position_of(static_cast<int>(site), h, w));
-    const unsigned ballot = __ballot_sync(kAllLanes, found);
-    if (lane == 0) totals[warp] = __popc(ballot);
-    __syncthreads();
-    int before = size;
-#pragma unroll
-    for (int i = 0; i < kListThreads / 32; ++i) {
-      if (i < warp) before += totals[i];
-      size += totals[i];
-    }
-    if (found)
-      list.entries[first + before + __popc(ballot & ((1u << lane) - 1))] = static_cast<int>(site);
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) list.counts[blockIdx.x] = size;
+  const int run = static_cast<int>(blockIdx.x) * kListThreads + static_cast<int>(threadIdx.x);
+  int site = 0, total = 0;
+  uint32_t flags = run < runs.count() ? runs.flags(query, run, &site) : 0;
+  const int before = sum_before<kListThreads>(__popc(flags), warps, &total);
+  if (total == 0) return;
+  if (threadIdx.x == 0)
+    first =
+        static_cast<int>(atomicAdd(reinterpret_cast<Count*>(list.end), static_cast<Count>(total)));
+  __syncthreads();
+  int32_t* to = list.entries + first + before;
+  for (; flags != 0; flags &= flags - 1) *to++ = site + __ffs(static_cast<int>(flags)) - 1;
 }
 
-// Lists the candidates of an op whose accumulator is `acc`. op_counts is cleared; null: left alone
-// (a further part of the same op).
+// Appends the candidates of an op whose accumulator is `acc`.
 template <class Query>
 cudaError_t list_candidates(const Query& query, const FeatureMap& acc, const CandidateList& list,
-                            int64_t* op_counts, cudaStream_t stream) {
-  return launch(list_kernel<Query>, {list.segments, kListThreads}, stream, query,
-                static_cast<int>(acc.n), static_cast<int>(acc.h), static_cast<int>(acc.w), list,
-                op_counts);
+                            cudaStream_t stream) {
+  const SiteRuns runs(acc);
+  const int blocks = (runs.count() + kListThreads - 1) / kListThreads;
+  return launch(list_kernel<Query>, {blocks, kListThreads}, stream, query, runs, list);
 }
-
-// A block's view of a list. Every thread of the block constructs it, after wait_for_inputs().
-template <int kThreads>
-class ListReader {
- public:
-  struct Shared {
-    int ends[kMostSegments];  // candidates up to and including a segment
-    int warps[kThreads / 32];
-  };
-
-  __device__ ListReader(const CandidateList& list, Shared& shared)
-      : list_(list), ends_(shared.ends) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int base = 0;
-    for (int first = 0; first < list.segments; first += kThreads) {
-      const int i = first + threadIdx.x;
-      int sum = i < list.segments ? list.counts[i] : 0;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int below = __shfl_up_sync(kAllLanes, sum, step);
-        if (lane >= step) sum += below;
-      }
-      if (lane == 31) shared.warps[warp] = sum;
-      __syncthreads();
-      int before = base;
-#pragma unroll
-      for (int k = 0; k < kThreads / 32; ++k) {
-        if (k < warp) before += shared.warps[k];
-        base += shared.warps[k];
-      }
-      if (i < list.segments) shared.ends[i] = before + sum;
-      __syncthreads();
-    }
-    size_ = base;
-  }
-
-  __device__ int size() const { return size_; }
-
-  // Where candidate i < size() stands in list.entries.
-  __device__ int64_t entry(int i) const {
-    int low = 0, high = list_.segments - 1;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (ends_[middle] > i)
-        high = middle;
-      else
-        low = middle + 1;
-    }
-    const int before = low == 0 ? 0 : ends_[low - 1];
-    return static_cast<int64_t>(low) * list_.segment_size + (i - before);
-  }
-
- private:
-  const CandidateList& list_;
-  const int* ends_;
-  int size_;
-};
 
 }  // namespace deltafx::cuda

@@ -3,8 +3,13 @@
 
 #include <numeric>
 
+#include "cuda/conv_depthwise.h"
 #include "cuda/conv_direct.h"
 #include "cuda/conv_gemm.h"
+#include "cuda/conv_hopper.h"
+#include "cuda/conv_query.cuh"
+#include "cuda/ops.h"
+#include "cuda/own_list.cuh"
 
 namespace deltafx::cuda {
 namespace {
@@ -26,52 +31,6 @@ PhaseAxis phase_axis(const Window& w, bool transposed, int remainder) {
           first_k,
           step_k};
 }
-
-// Whether an output coordinate has a kernel element inside the input.
-__host__ __device__ bool has_tap(const PhaseAxis& phase, int base, int in) {
-  for (int j = 0; j < phase.taps; ++j) {
-    const int i = base + j * phase.step;
-    if (i >= 0 && i < in) return true;
-  }
-  return false;
-}
-
-// The candidates of a phase: sites whose taps meet an active site, or whose residual is active.
-// Sites without any tap inside the input hold a constant that no input can make them compute. They
-// follow their stream instead, so that a lost state is refilled.
-struct ConvQuery {
-  Mask x, residual;
-  GemmAxis y_axis, x_axis;
-  const int32_t* streams;  // per stream, whether x has an active site; null: no site needs it
-
-  __device__ static bool in_phase(const GemmAxis& axis, int o) {
-    return !axis.transposed || (o + axis.pad) % axis.stride == axis.phase.remainder;
-  }
-  __device__ bool operator()(const Position& at) const {
-    if (!in_phase(y_axis, at.y) || !in_phase(x_axis, at.x)) return false;
-    const int top = y_axis.base(at.y), left = x_axis.base(at.x);
-    const int h = static_cast<int>(x.h), w = static_cast<int>(x.w);
-    const uint8_t *stream = x.data + static_cast<int64_t>(at.n) * h * w,
-                  *end = x.data + x.n * h * w;
-    // The columns inside the input: taps [first, last).
-    const int step = x_axis.phase.step;
-    int first = 0, last = x_axis.phase.taps;
-    while (first < last && (left + first * step < 0 || left + first * step >= w)) ++first;
-    while (first < last && (left + (last - 1) * step < 0 || left + (last - 1) * step >= w)) --last;
-    bool found = false;
-    for (int jy = 0; jy < y_axis.phase.taps && first < last; ++jy) {
-      const int iy = top + jy * y_axis.phase.step;
-      if (iy < 0 || iy >= h) continue;
-      found |= any_set(stream + static_cast<int64_t>(iy) * w + left + first * step, last - first,
-                       step, x.data, end);
-    }
-    if (residual.data != nullptr)
-      found |= residual.data[(at.n * residual.h + at.y) * residual.w + at.x] != 0;
-    if (streams != nullptr && !found && streams[at.n] != 0)
-      found = !has_tap(y_axis.phase, top, h) || !has_tap(x_axis.phase, left, w);
-    return found;
-  }
-};
 
 __global__ void stream_kernel(Mask mask, int32_t* active) {
   wait_for_inputs();
@@ -106,12 +65,33 @@ int64_t packed_cin(const ConvGeometry& g) { return packed_channels(static_cast<i
 
 int64_t row_elements(DType dtype) { return dtype == DType::f32 ? 32 : 64; }
 
+// Whether a phase goes to the kernels for Hopper.
+bool on_hopper(const GemmParams& p, const ConvGeometry& g) {
+  return on_tensor_cores(g) && p.out.acc.dtype != DType::f32 && conv_hopper_takes(p);
+}
+
+bool takes_depthwise(const GemmParams& p, const ConvGeometry& g) {
+  return g.groups == g.cin && g.groups == g.cout && conv_depthwise_takes(p);
+}
+
+// Whether the kernel finds the candidates by itself: of a small map that no other operator marks.
+bool lists_itself(const GemmParams& p, const ConvGeometry& g) {
+  return p.out.acc.ld == p.out.acc.c &&
+         can_list_itself(p.out.acc, p.x_mask, p.residual_mask,
+                         ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis}.is_pointwise()) &&
+         (takes_depthwise(p, g) || (p.x.c > 4 && on_hopper(p, g) && !conv_hopper_is_large(p)));
+}
+
 cudaError_t run_phase(const GemmParams& p, const ConvLaunch& launch, cudaStream_t stream) {
   const ConvGeometry& g = launch.p.geometry;
+  const DType dtype = p.out.acc.dtype;
+  if (takes_depthwise(p, g)) return conv_depthwise(p, stream);
   if (!on_tensor_cores(g))
     return conv_direct(p, static_cast<int>(g.cin / g.groups), static_cast<int>(g.cout / g.groups),
                        stream);
-  switch (p.out.acc.dtype) {
+  if (on_hopper(p, g))
+    return dtype == DType::f16 ? conv_hopper_f16(p, stream) : conv_hopper_bf16(p, stream);
+  switch (dtype) {
     case DType::f32:
       return launch.allow_tf32 ? conv_gemm_tf32(p, stream) : conv_gemm_f32(p, stream);
     case DType::bf16:
@@ -164,8 +144,7 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
   int32_t* streams = nullptr;
   if (has_constant_sites(g, g.y, c.x.h, c.out.acc.h) ||
       has_constant_sites(g, g.x, c.x.w, c.out.acc.w)) {
-    const int64_t segment = list_segment_size(sites);
-    streams = launched.memory + kMostSegments + (sites + segment - 1) / segment * segment;
+    streams = launched.memory + list_ints(sites);
     const cudaError_t error =
         launch(stream_kernel, {static_cast<int>(c.x.n), 256}, stream, c.x_mask, streams);
     if (error != cudaSuccess) return error;
@@ -174,31 +153,38 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
   p.out = c.out;
   p.act = c.act;
   p.x = c.x;
+  p.x_mask = c.x_mask;
   p.bias = c.bias;
   p.residual = c.residual;
+  p.residual_mask = c.residual_mask;
   p.residual_after_act = c.residual_after_act;
   p.pre_scale = c.pre_scale;
   p.pre_shift = c.pre_shift;
   p.pre_act = c.pre_act;
   p.acc_aligned = is_aligned(c.out.acc);
   p.residual_aligned = is_aligned(c.residual);
-  const auto scales =
-      reinterpret_cast<uintptr_t>(c.bias) | reinterpret_cast<uintptr_t>(c.out.truncation.inv_scale);
-  p.scales_aligned = scales % 16 == 0 && c.out.acc.c % kVector == 0;
-  p.list = list_in(launched.memory, sites);
-  int64_t* op_counts = c.out.counts;
-  for (const Phase& phase : conv_phases(g, dtype)) {
+  p.runs = SiteRuns(c.out.acc);
+  p.w = Divisor(static_cast<int>(c.out.acc.w));
+  p.h = Divisor(static_cast<int>(c.out.acc.h));
+  p.sites = static_cast<int>(sites);
+  const std::vector<Phase> phases = conv_phases(g, dtype);
+  const int parts = static_cast<int>(phases.size());
+  for (int i = 0; i < parts; ++i) {
+    const Phase& phase = phases[i];
     p.weight = static_cast<const char*>(launched.weight) + phase.weights * size;
     p.y = gemm_axis(g.y, g.transposed, phase.y);
     p.x_axis = gemm_axis(g.x, g.transposed, phase.x);
     p.depth = static_cast<int>(phase.y.taps * phase.x.taps * packed_cin(g));
     p.packed_depth = static_cast<int>(packed_depth(p.depth, dtype));
     p.cluster = cluster_for(p.packed_depth / row_elements(dtype));
-    const ConvQuery query{c.x_mask, c.residual_mask, p.y, p.x_axis, streams};
-    cudaError_t error = list_candidates(query, c.out.acc, p.list, op_counts, stream);
+    p.list = list_in(launched.memory, c.out.counts, i, parts);
+    p.lists_itself = parts == 1 && streams == nullptr && lists_itself(p, g);
+    cudaError_t error = cudaSuccess;
+    if (!p.lists_itself)
+      error = list_candidates(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, streams},
+                              c.out.acc, p.list, stream);
     if (error == cudaSuccess) error = run_phase(p, launched, stream);
     if (error != cudaSuccess) return error;
-    op_counts = nullptr;
   }
   return cudaSuccess;
 }

@@ -5,8 +5,10 @@
 // site reads the input at base + offset + j * step in each axis.
 //
 // Packed weights, in the dtype of the feature maps, phase after phase:
-//   groups == 1   [cout, rounded up to 64][taps * packed_channels(cin), rounded up to 128 bytes],
-//                 for tensor cores
+//   groups == 1   for tensor cores, a matrix [cout, rounded up to 64][taps * packed_channels(cin),
+//                 rounded up to 128 bytes] in blocks of 64 rows and 128 bytes, [row block][depth
+//                 block], each as it will lie in shared memory: row r of a block holds channel
+//                 packed_channel(r), and chunk c of 16 bytes stands at c ^ (r % 8).
 //   otherwise     [tap][channel of the group][cout]
 #pragma once
 
@@ -37,6 +39,17 @@ __host__ __device__
 #endif
     inline int packed_channels(int cin) {
   return cin <= 4 ? 4 : cin;
+}
+
+constexpr int kWeightRows = 64;  // of a block of packed weights
+
+// The output channel in a row of the packed weights: a thread's sums in two 16 x 8 tiles, 32
+// columns apart from its others, are then eight neighbouring channels.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    inline int packed_channel(int row) {
+  return row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2;
 }
 
 bool on_tensor_cores(const ConvGeometry& geometry);

@@ -23,19 +23,25 @@ struct GemmParams {
   Output out;
   Activation act;
   FeatureMap x;
+  Mask x_mask;
   const void* weight;
   const float* bias;
   FeatureMap residual;
+  Mask residual_mask;
   bool residual_after_act;
   const float* pre_scale;
   const float* pre_shift;
   Activation pre_act;
   GemmAxis y, x_axis;
-  int depth;                                           // taps * cin
-  int packed_depth;                                    // row length of the packed weights
-  int cluster;                                         // blocks that may share one tile's depth
-  bool acc_aligned, residual_aligned, scales_aligned;  // the last: bias and inv_scale
+  int depth;         // taps * cin
+  int packed_depth;  // row length of the packed weights
+  int cluster;       // blocks that may share one tile's depth
+  bool acc_aligned, residual_aligned;
+  bool lists_itself;  // the kernel finds the candidates, there is no list
   CandidateList list;
+  SiteRuns runs;  // of the accumulator
+  Divisor w, h;   // of the accumulator
+  int sites;      // of the accumulator
 };
 
 cudaError_t conv_gemm_f16(const GemmParams& p, cudaStream_t stream);

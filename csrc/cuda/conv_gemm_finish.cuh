@@ -30,7 +30,7 @@ __device__ __forceinline__ float4 load_from_block(uint32_t address, int rank) {
 
 // Of a tile: which of its rows this block finishes, and whether the sums lie in all blocks.
 struct TileRows {
-  const int64_t* entries;  // in the candidate list
+  int entry;  // in the candidate list, of the tile's first row
   int first, count;
   int parts;  // 1: the sums are this block's own
 };
@@ -53,12 +53,11 @@ class GemmFinish {
                     static_cast<int>(kTruncationGroup) +
                 static_cast<int>(threadIdx.x) % kGroupLanes * kVector),
         c0_(first_column + column_),
-        rule_(p.out, c0_, min(kVector, static_cast<int>(p.out.acc.c) - c0_), p.scales_aligned) {
+        rule_(p.out, c0_, min(kVector, static_cast<int>(p.out.acc.c) - c0_)) {
     static_assert(kUnits % kGroups == 0, "a thread keeps to its channels");
 #pragma unroll
     for (int i = 0; i < kVector; ++i) bias_[i] = 0.f;
-    if (p.bias != nullptr)
-      load_vector(p.bias + c0_, rule_.count, p.scales_aligned && rule_.count > 0, bias_);
+    if (p.bias != nullptr) load_floats(p.bias + c0_, rule_.count, bias_);
     fetch(0);
   }
 
@@ -189,7 +188,7 @@ class GemmFinish {
       if (!written[b]) continue;
       p_.out.mask.data[site_[b]] = 1;
       if (!alone)
-        before[b] = atomicOr(reinterpret_cast<unsigned*>(p_.list.entries) + rows_.entries[row_[b]],
+        before[b] = atomicOr(reinterpret_cast<unsigned*>(p_.list.entries) + rows_.entry + row_[b],
                              kActiveBit);
     }
     int found = 0;

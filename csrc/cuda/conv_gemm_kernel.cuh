@@ -73,7 +73,7 @@ struct GemmWarp {
     for (int m = 0; m < Traits::kTilesM; ++m)
 #pragma unroll
       for (int n = 0; n < Traits::kTilesN; ++n) {
-        const int r = row + m * 16 + lane / 4, c = column + n * 8 + lane % 4 * 2;
+        const int r = row + m * 16 + lane / 4, c = packed_channel(column + n * 8 + lane % 4 * 2);
         *reinterpret_cast<float2*>(tile + r * Traits::kPitch + c) =
             make_float2(sums[m][n][0], sums[m][n][1]);
         *reinterpret_cast<float2*>(tile + (r + 8) * Traits::kPitch + c) =
@@ -131,23 +131,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   using T = typename Traits::T;
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
   extern __shared__ __align__(128) char stages[];
-  __shared__ typename ListReader<kThreads>::Shared list_shared;
   __shared__ GemmRow<T> rows[kRows];
-  __shared__ int64_t entries[kRows];
   __shared__ int active_total;
   const int tid = static_cast<int>(threadIdx.x);
   const int channels = static_cast<int>(p.out.acc.c);
   if (tid == 0) active_total = 0;
   wait_for_inputs();
-  const ListReader<kThreads> reader(p.list, list_shared);
-  if (blockIdx.x == 0 && tid == 0)
-    atomicAdd(reinterpret_cast<unsigned long long*>(p.out.counts),
-              static_cast<unsigned long long>(reader.size()));
+  const int first_entry = p.list.first(), size = p.list.last() - first_entry;
+  if (size == 0) return;
 
   const int blocks = static_cast<int>(gridDim.x), clusters = blocks / p.cluster;
   const int rank = static_cast<int>(blockIdx.x) % p.cluster;
   const int column_tiles = (channels + kColumns - 1) / kColumns;
-  const int tiles = (reader.size() + kRows - 1) / kRows * column_tiles;
+  const int tiles = (size + kRows - 1) / kRows * column_tiles;
   const int steps = p.packed_depth / Traits::kDepth;
   // Split where the time, in steps of the slowest block, is shorter; 6 stands for the exchange.
   const bool split = p.cluster > 1 && (tiles + clusters - 1) / clusters * (steps / p.cluster + 6) <
@@ -164,12 +160,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     const int first_row = tile / column_tiles * kRows,
               first_column = tile % column_tiles * kColumns;
     for (int r = tid; r < kRows; r += kThreads) {
-      const bool valid = first_row + r < reader.size();
-      const int64_t entry = valid ? reader.entry(first_row + r) : 0;
-      entries[r] = entry;
-      rows[r] = GemmRow<T>(
-          p, valid ? static_cast<int>(static_cast<uint32_t>(p.list.entries[entry]) & ~kActiveBit)
-                   : -1);
+      const int i = first_row + r;
+      rows[r] = GemmRow<T>(p, i < size ? site_in(p.list.entries[first_entry + i]) : -1);
     }
     __syncthreads();
 
@@ -203,8 +195,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
         }
       }
     }
-    GemmFinish<Traits> finish(p, rows, {entries, own_first, own_rows, split ? parts : 1},
-                              first_column);
+    GemmFinish<Traits> finish(
+        p, rows, {first_entry + first_row, own_first, own_rows, split ? parts : 1}, first_column);
     wait_for_copies<0>();
     __syncthreads();
     if constexpr (Traits::kParts)
@@ -224,9 +216,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 
   if (found > 0) atomicAdd(&active_total, found);
   __syncthreads();
-  if (tid == 0 && active_total > 0)
-    atomicAdd(reinterpret_cast<unsigned long long*>(p.out.counts + 1),
-              static_cast<unsigned long long>(active_total));
+  if (tid == 0 && active_total > 0) add_to(p.out.counts + 1, active_total);
 }
 
 template <class Traits>

@@ -31,8 +31,7 @@ struct GemmRow {
 
   __device__ GemmRow() {}
   __device__ GemmRow(const GemmParams& p, int site_or_none) : taps(0), site(site_or_none) {
-    const Position at = position_of(site < 0 ? 0 : site, static_cast<int>(p.out.acc.h),
-                                    static_cast<int>(p.out.acc.w));
+    const Position at = position_of(site < 0 ? 0 : site, p.h, p.w);
     y = site < 0 ? -(1 << 30) : p.y.base(at.y);
     x = p.x_axis.base(at.x);
     from = static_cast<const T*>(p.x.data) + ((at.n * p.x.h + p.y.base(at.y)) * p.x.w + x) * p.x.ld;
@@ -73,8 +72,8 @@ class GemmLoader {
       tap_x_ = tap - tap_y_ * taps_x_;
     }
     weight_ = static_cast<const T*>(p.weight) +
-              static_cast<int64_t>(first_column + row) * p.packed_depth + depth_;
-    weight_rows_ = static_cast<int64_t>(Traits::kCopyRows) * p.packed_depth;
+              static_cast<int64_t>(first_column) * p.packed_depth +
+              (first_step * kWeightRows + row) * Traits::kDepth + (chunk ^ (row & 7)) * kElements;
     if constexpr (Traits::kGather == Gather::chunks) {
 #pragma unroll
       for (int i = 0; i < kOwnRows; ++i) {
@@ -92,13 +91,15 @@ class GemmLoader {
       gather_chunks(to);
     else
       gather_elements(to);
-    const T* weight = weight_;
 #pragma unroll
     for (int i = 0; i < kOwnColumns; ++i) {
-      copy_chunk(to + (Traits::kRows + i * Traits::kCopyRows) * kRowBytes, weight, true);
-      weight += weight_rows_;
+      constexpr int kBlocks = kWeightRows / Traits::kCopyRows;  // copies a block of columns
+      copy_chunk(to + (Traits::kRows + i * Traits::kCopyRows) * kRowBytes,
+                 weight_ + static_cast<int64_t>(i / kBlocks) * kWeightRows * p_.packed_depth +
+                     i % kBlocks * Traits::kCopyRows * Traits::kDepth,
+                 true);
     }
-    weight_ += Traits::kDepth;
+    weight_ += kWeightRows * Traits::kDepth;
     depth_ += Traits::kDepth;
   }
 
@@ -192,7 +193,7 @@ class GemmLoader {
   uint32_t to_;
   int depth_, channel_, tap_y_, tap_x_;
   const T* weight_;
-  int64_t weight_rows_, offset_ = 0;
+  int64_t offset_ = 0;
   const T* from_[kOwnRows];
   uint32_t taps_[kOwnRows];
 };

@@ -88,6 +88,11 @@ __device__ __forceinline__ void store_vector(T* p, int count, bool aligned,
   }
 }
 
+// load_vector for a few constants, whose alignment is seen here.
+__device__ __forceinline__ void load_floats(const float* p, int count, float (&v)[kVector]) {
+  load_vector(p, count, count >= kVector && reinterpret_cast<uintptr_t>(p) % 16 == 0, v);
+}
+
 // load_vector for a type known at run time only.
 __device__ __forceinline__ void load_any(const void* data, DType dtype, int64_t offset, int count,
                                          bool aligned, float (&v)[kVector]) {
@@ -101,6 +106,24 @@ __device__ __forceinline__ void load_any(const void* data, DType dtype, int64_t 
   }
 }
 
+// Divides numbers from 0 to 2^31 - 1 by a number that the host knows, by a multiplication.
+struct Divisor {
+  int value;
+  uint32_t factor;
+  int shift;
+  Divisor() = default;
+  explicit Divisor(int d) : value(d), factor(0), shift(0) {
+    int bits = 0;
+    while ((int64_t{1} << bits) < d) ++bits;
+    if (d == 1) return;
+    factor = static_cast<uint32_t>(((uint64_t{1} << (31 + bits)) + d - 1) / d);
+    shift = bits - 1;
+  }
+  __device__ __forceinline__ int divide(int n) const {
+    return factor == 0 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), factor) >> shift);
+  }
+};
+
 struct Position {
   int n, y, x;
 };
@@ -108,6 +131,11 @@ __device__ __forceinline__ Position position_of(int site, int h, int w) {
   const unsigned row = static_cast<unsigned>(site) / w, n = row / h;
   return {static_cast<int>(n), static_cast<int>(row - n * h),
           static_cast<int>(static_cast<unsigned>(site) - row * w)};
+}
+
+__device__ __forceinline__ Position position_of(int site, const Divisor& h, const Divisor& w) {
+  const int row = w.divide(site), n = h.divide(row);
+  return {n, row - n * h.value, site - row * w.value};
 }
 
 // Whether a site that no input reaches has lost its constant: its accumulator is NaN.

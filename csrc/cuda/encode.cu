@@ -8,22 +8,16 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void start_kernel(int64_t* counts, int64_t candidates) {
-  wait_for_inputs();
-  counts[0] = candidates;
-  counts[1] = 0;
-}
-
-// Adds the block's number of active sites, one per true `active`.
-__device__ __forceinline__ void count_active(int64_t* counts, int found) {
+// Counts all sites as candidates, and the block's active ones, `found` by a thread.
+__device__ __forceinline__ void count_sites(const Output& out, int found) {
   __shared__ int total;
   if (threadIdx.x == 0) total = 0;
   __syncthreads();
   if (found > 0) atomicAdd(&total, found);
   __syncthreads();
-  if (threadIdx.x == 0 && total > 0)
-    atomicAdd(reinterpret_cast<unsigned long long*>(counts + 1),
-              static_cast<unsigned long long>(total));
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x == 0) out.counts[0] = out.acc.n * out.acc.h * out.acc.w;
+  if (total > 0) add_to(out.counts + 1, total);
 }
 
 __device__ __forceinline__ int64_t sites_of(const FeatureMap& map) { return map.n * map.h * map.w; }
@@ -76,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) narrow_kernel(EncodeParams p) {
       p.out.mask.data[site] = 1;
     }
   }
-  count_active(p.out.counts, changed);
+  count_sites(p.out, changed);
 }
 
 // Many channels: a warp a site.
@@ -102,18 +96,47 @@ __global__ void __launch_bounds__(kThreads) wide_kernel(EncodeParams p, bool ali
       found = 1;
     }
   }
-  count_active(p.out.counts, found);
+  count_sites(p.out, found);
 }
+
+// How far four channels of a site, as they would be stored, are from its accumulator.
+template <class S, class T>
+struct FourChannels {
+  static constexpr int kMost = 4;
+  float change[kMost];
+  bool differs;
+
+  // whole: four channels of the row may be read, at a multiple of their size.
+  __device__ FourChannels(const S* x, int64_t stride, const T* row, int count, bool whole)
+      : differs(false) {
+    union Four {
+      uint2 word;
+      T elements[kMost];
+      __device__ Four() {}
+    } old;
+    if (sizeof(T) == 2 && whole) old.word = *reinterpret_cast<const uint2*>(row);
+#pragma unroll
+    for (int k = 0; k < kMost; ++k) {
+      if (k >= count) break;
+      const float a = to_float(from_float<T>(to_float(x[k * stride])));
+      const float b = to_float(sizeof(T) == 2 && whole ? old.elements[k] : row[k]);
+      change[k] = a - b;
+      differs |= !(a == b);
+    }
+  }
+};
 
 // Squares of sites gated by their RMS, a warp a square: the whole square is written, or none of it.
 // At threshold 0, which only the device knows, each site is gated by itself.
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads) square_kernel(EncodeParams p, int rows, int columns) {
   wait_for_inputs();
+  using Four = FourChannels<S, T>;
   const FeatureMap& acc = p.out.acc;
   const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
   const int c = static_cast<int>(acc.c), lane = threadIdx.x % 32;
-  const int block = static_cast<int>(p.block);
+  const int block = static_cast<int>(p.block), pitch = static_cast<int>(acc.ld);
+  const bool whole = pitch == 4 && reinterpret_cast<uintptr_t>(acc.data) % 8 == 0;
   int found = 0;
   if (index < acc.n * rows * columns) {
     const Position square = position_of(static_cast<int>(index), rows, columns);
@@ -121,39 +144,54 @@ __global__ void __launch_bounds__(kThreads) square_kernel(EncodeParams p, int ro
     const int height = min(block, static_cast<int>(acc.h) - y0);
     const int width = min(block, static_cast<int>(acc.w) - x0), size = height * width;
     const float t = *p.out.truncation.threshold;
-    const auto site_at = [&](int i) {
-      return (square.n * acc.h + y0 + i / width) * acc.w + x0 + i % width;
+    const int64_t first = (square.n * acc.h + y0) * acc.w + x0;
+    const S* frame = frame_at<S>(p, {square.n, y0, x0});
+    T* data = static_cast<T*>(acc.data) + first * acc.ld;
+    // Calls f(offset of the site, its frame) for this lane's sites.
+    const auto for_sites = [&](const auto& f) {
+      const int down = 32 / width, right = 32 - down * width;
+      int y = lane / width, x = lane - y * width;
+#pragma unroll 4
+      for (int i = lane; i < size; i += 32) {
+        f(y * static_cast<int>(acc.w) + x, frame + (y * p.stride_h + x * p.stride_w));
+        y += down, x += right;
+        if (x >= width) x -= width, ++y;
+      }
     };
-    const auto row_at = [&](int i) { return static_cast<T*>(acc.data) + site_at(i) * acc.ld; };
-    const auto frame_row = [&](int i) {
-      return frame_at<S>(p, {square.n, y0 + i / width, x0 + i % width});
-    };
-    const auto write = [&](int i) {
-      const S* x = frame_row(i);
-      T* row = row_at(i);
+    const auto write = [&](int site, const S* x) {
+      T* row = data + static_cast<int64_t>(site) * pitch;
       for (int k = 0; k < c; ++k) row[k] = from_float<T>(to_float(x[k * p.stride_c]));
-      p.out.mask.data[site_at(i)] = 1;
+      p.out.mask.data[first + site] = 1;
       ++found;
     };
-    float total = 0.f;
-    for (int i = lane; i < size; i += 32) {
-      const S* x = frame_row(i);
-      const T* row = row_at(i);
-      bool differs = false;
-      for (int k = 0; k < c; ++k) {
-        const float y = to_float(from_float<T>(to_float(x[k * p.stride_c])));
-        const float d = (y - to_float(row[k])) * p.out.truncation.inv_scale[k];
-        differs |= !(y == to_float(row[k]));
-        total += d * d;
-      }
-      if (t == 0.f && differs) write(i);
-    }
+    if (t == 0.f) {
+      for_sites([&](int site, const S* x) {
+        const T* row = data + static_cast<int64_t>(site) * pitch;
+        bool differs = false;
+        for (int k = 0; k < c; k += Four::kMost)
+          differs |= Four(x + k * p.stride_c, p.stride_c, row + k, c - k, whole).differs;
+        if (differs) write(site, x);
+      });
+    } else {
+      float total = 0.f;
+      for_sites([&](int site, const S* x) {
+        const T* row = data + static_cast<int64_t>(site) * pitch;
+        for (int k0 = 0; k0 < c; k0 += Four::kMost) {
+          const Four four(x + k0 * p.stride_c, p.stride_c, row + k0, c - k0, whole);
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
-    if (t > 0.f && !(total <= t * t * static_cast<float>(size * c)))
-      for (int i = lane; i < size; i += 32) write(i);
+          for (int k = 0; k < Four::kMost; ++k) {
+            if (k0 + k >= c) break;
+            const float d = four.change[k] * p.out.truncation.inv_scale[k0 + k];
+            total += d * d;
+          }
+        }
+      });
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+      if (!(total <= t * t * static_cast<float>(size * c))) for_sites(write);
+    }
   }
-  count_active(p.out.counts, found);
+  count_sites(p.out, found);
 }
 
 int blocks_for(int64_t threads) { return static_cast<int>((threads + kThreads - 1) / kThreads); }
@@ -189,8 +227,6 @@ cudaError_t encode_from(const EncodeParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t encode(const EncodeParams& p, cudaStream_t stream) {
-  const cudaError_t error = launch(start_kernel, {1, 1}, stream, p.out.counts, p.out.acc.sites());
-  if (error != cudaSuccess) return error;
   switch (p.dtype) {
     case DType::f32:
       return encode_from<float>(p, stream);

@@ -25,9 +25,6 @@ const Device& current_device() {
   return devices[i];
 }
 
-int64_t list_ints(int64_t sites) {
-  const int64_t size = list_segment_size(sites);
-  return kMostSegments + (sites + size - 1) / size * size;
-}
+int64_t list_ints(int64_t sites) { return kListHeader + sites; }
 
 }  // namespace deltafx::cuda

@@ -15,6 +15,10 @@ namespace deltafx::cuda {
 
 int64_t list_ints(int64_t sites);
 
+// `bytes` of masks, and `rows` rows of two counts.
+cudaError_t clear_masks(uint8_t* masks, int64_t bytes, int64_t* counts, int64_t rows,
+                        cudaStream_t stream);
+
 cudaError_t encode(const EncodeParams& p, cudaStream_t stream);
 cudaError_t affine(const AffineParams& p, int32_t* memory, cudaStream_t stream);
 cudaError_t gather_channels(const GatherParams& p, int32_t* memory, cudaStream_t stream);

@@ -16,27 +16,24 @@ template <class T, class F>
 __global__ void __launch_bounds__(kSiteThreads, 3)
     sites_kernel(const __grid_constant__ Output out, const __grid_constant__ Activation act,
                  bool aligned, CandidateList list, int lanes, const __grid_constant__ F f) {
-  __shared__ typename ListReader<kSiteThreads>::Shared shared;
   __shared__ int active_total;
   if (threadIdx.x == 0) active_total = 0;
   wait_for_inputs();
-  const ListReader<kSiteThreads> reader(list, shared);
-  if (blockIdx.x == 0 && threadIdx.x == 0)
-    atomicAdd(reinterpret_cast<unsigned long long*>(out.counts),
-              static_cast<unsigned long long>(reader.size()));
+  const int first_entry = list.first(), size = list.last() - first_entry;
+  if (size == 0) return;
+  __syncthreads();
   const FastActivation activation(act);
   const int channels = static_cast<int>(out.acc.c), lane = threadIdx.x % lanes;
   const int pieces = (channels + lanes * kVector - 1) / (lanes * kVector);
-  const int per_warp = 32 / lanes, work = reader.size() * pieces;
+  const int per_warp = 32 / lanes, work = size * pieces;
   const int first = (blockIdx.x * kSiteThreads + threadIdx.x) / 32 * per_warp;
   const int step = static_cast<int>(gridDim.x) * (kSiteThreads / 32) * per_warp;
   int found = 0;
   for (int i = first; i < work; i += step) {
     const int own = i + static_cast<int>(threadIdx.x % 32) / lanes;
     const bool valid = own < work;
-    const int64_t entry = valid ? reader.entry(own / pieces) : 0;
-    const int site =
-        valid ? static_cast<int>(static_cast<uint32_t>(list.entries[entry]) & ~kActiveBit) : 0;
+    const int entry = first_entry + (valid ? own / pieces : 0);
+    const int site = valid ? site_in(list.entries[entry]) : 0;
     const Position at = position_of(site, static_cast<int>(out.acc.h), static_cast<int>(out.acc.w));
     const int c0 = own % pieces * lanes * kVector + lane * kVector;
     const int count = valid ? min(kVector, channels - c0) : 0;
@@ -58,9 +55,7 @@ __global__ void __launch_bounds__(kSiteThreads, 3)
   }
   if (found > 0) atomicAdd(&active_total, found);
   __syncthreads();
-  if (threadIdx.x == 0 && active_total > 0)
-    atomicAdd(reinterpret_cast<unsigned long long*>(out.counts + 1),
-              static_cast<unsigned long long>(active_total));
+  if (threadIdx.x == 0 && active_total > 0) add_to(out.counts + 1, active_total);
 }
 
 template <class T, class F>
@@ -93,8 +88,8 @@ cudaError_t launch_sites(const Output& out, const Activation& act, const Candida
 template <class Query, class F>
 cudaError_t update_sites(const Output& out, const Activation& act, const Query& query, const F& f,
                          int32_t* memory, cudaStream_t stream) {
-  const CandidateList list = list_in(memory, out.acc.sites());
-  const cudaError_t error = list_candidates(query, out.acc, list, out.counts, stream);
+  const CandidateList list = list_in(memory, out.counts);
+  const cudaError_t error = list_candidates(query, out.acc, list, stream);
   return error != cudaSuccess ? error : launch_sites(out, act, list, f, stream);
 }
 

@@ -5,15 +5,17 @@
 
 namespace deltafx::cuda {
 
-// Over the kGroupLanes threads that hold a truncation group.
+// Over the kLanes threads that hold a truncation group.
+template <int kLanes = kGroupLanes>
 __device__ __forceinline__ float sum_over_group(float v) {
 #pragma unroll
-  for (int step = kGroupLanes / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+  for (int step = kLanes / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
   return v;
 }
+template <int kLanes = kGroupLanes>
 __device__ __forceinline__ bool any_in_group(bool v) {
-  const unsigned lane = threadIdx.x % 32, first = lane / kGroupLanes * kGroupLanes;
-  return __ballot_sync(kAllLanes, v) >> first & ((1u << kGroupLanes) - 1);
+  const unsigned lane = threadIdx.x % 32, first = lane / kLanes * kLanes;
+  return __ballot_sync(kAllLanes, v) >> first & ((1u << kLanes) - 1);
 }
 
 // When channels [c0, c0 + count) of a site and the rest of their group count as changed. One object
@@ -25,26 +27,27 @@ struct GroupRule {
   float scale[kVector];
   int count;
 
-  __device__ GroupRule(const Output& out, int c0, int channels_here, bool aligned = false)
+  __device__ GroupRule(const Output& out, int c0, int channels_here)
       : policy(out.truncation.policy), threshold(0.f), count(channels_here) {
     const int group = c0 / static_cast<int>(kTruncationGroup) * static_cast<int>(kTruncationGroup);
     const int left = static_cast<int>(out.acc.c) - group;
     size = static_cast<float>(left < kTruncationGroup ? left : static_cast<int>(kTruncationGroup));
     if (policy == Policy::none) return;
     threshold = *out.truncation.threshold;
-    load_vector(out.truncation.inv_scale + c0, count, aligned && count > 0, scale);
+    load_floats(out.truncation.inv_scale + c0, count, scale);
   }
 
   // Called by whole warps, the threads of a group in order; y is rounded as it would be stored, and
   // both are 0 from `count` on.
   // Written as !(change <= t), so that a NaN counts as a change.
+  template <int kLanes = kGroupLanes>
   __device__ bool changed(const float (&y)[kVector], const float (&old)[kVector]) const {
     if (policy == Policy::none) return count > 0;
     bool beyond = false;
     if (threshold == 0.f) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) beyond |= !(y[i] == old[i]);
-      return any_in_group(beyond);
+      return any_in_group<kLanes>(beyond);
     }
     float total = 0.f;
 #pragma unroll
@@ -53,8 +56,8 @@ struct GroupRule {
       total += d * d;
       beyond |= !(fabsf(d) <= threshold);
     }
-    if (policy == Policy::maximum) return any_in_group(beyond);
-    return !(sum_over_group(total) <= threshold * threshold * size);
+    if (policy == Policy::maximum) return any_in_group<kLanes>(beyond);
+    return !(sum_over_group<kLanes>(total) <= threshold * threshold * size);
   }
 };
 

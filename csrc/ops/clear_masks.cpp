@@ -1,8 +1,10 @@
-// deltafx::clear_masks: the update masks of all slots, cleared at the start of a frame. On the CPU
-// nothing is done where the last frame activated no site: its counts tell.
+// deltafx::clear_masks: the update masks of all slots and the counts of all nodes, cleared at the
+// start of a frame. On the CPU the masks are left alone where the last frame activated no site: its
+// counts tell.
 #include <cstring>
 
 #include "common/checks.h"
+#include "ops/dispatch.h"
 
 namespace deltafx {
 namespace {
@@ -20,23 +22,31 @@ void check(const Tensor& masks, const Tensor& counts) {
 
 void clear_masks_cpu(const Tensor& masks, const Tensor& counts) {
   check(masks, counts);
-  const auto* rows = static_cast<const int64_t*>(counts.data_ptr());
+  auto* rows = static_cast<int64_t*>(counts.data_ptr());
   bool active = false;
   for (int64_t i = 0; i < counts.size(0); ++i) active |= rows[2 * i + 1] != 0;
   if (active) std::memset(masks.data_ptr(), 0, static_cast<size_t>(masks.numel()));
+  std::memset(rows, 0, static_cast<size_t>(counts.numel()) * sizeof(int64_t));
 }
 
+#ifdef DELTAFX_CUDA
 void clear_masks_cuda(const Tensor& masks, const Tensor& counts) {
   check(masks, counts);
-  masks.zero_();  // whether there is anything to clear is known on the device only
+  run_on_cuda(masks, 0, [&](int32_t*, cudaStream_t stream) {
+    return cuda::clear_masks(static_cast<uint8_t*>(masks.data_ptr()), masks.numel(),
+                             static_cast<int64_t*>(counts.data_ptr()), counts.size(0), stream);
+  });
 }
+#endif
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
-  m.def("clear_masks(Tensor(a!) masks, Tensor counts) -> ()", {at::Tag::pt2_compliant_tag});
+  m.def("clear_masks(Tensor(a!) masks, Tensor(b!) counts) -> ()", {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(deltafx, CPU, m) { m.impl("clear_masks", clear_masks_cpu); }
+#ifdef DELTAFX_CUDA
 TORCH_LIBRARY_IMPL(deltafx, CUDA, m) { m.impl("clear_masks", clear_masks_cuda); }
+#endif
 
 }  // namespace deltafx

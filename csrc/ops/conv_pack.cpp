@@ -24,6 +24,27 @@ Tensor taps_of(const Tensor& weight, const cuda::PhaseAxis& axis, int64_t dim) {
   return weight.slice(dim, axis.first_k, last + 1, axis.step_k);
 }
 
+// [columns, depth], both in whole blocks, as conv.h tells.
+Tensor in_blocks(const Tensor& matrix, DType dtype) {
+  constexpr int64_t kRows = cuda::kWeightRows, kChunks = 8;
+  if (matrix.numel() == 0) return matrix.reshape({-1});
+  const int64_t chunk = 16 / (dtype == DType::f32 ? 4 : 2);
+  std::vector<int64_t> channels, chunks;
+  for (int row = 0; row < kRows; ++row) {
+    channels.push_back(cuda::packed_channel(row));
+    for (int64_t at = 0; at < kChunks; ++at) chunks.push_back(row * kChunks + (at ^ (row % 8)));
+  }
+  const auto index = [&](const std::vector<int64_t>& v) {
+    return at::tensor(v, at::dtype(at::kLong)).to(matrix.device());
+  };
+  return matrix.reshape({-1, kRows, matrix.size(1) / (kChunks * chunk), kChunks * chunk})
+      .index_select(1, index(channels))
+      .transpose(1, 2)
+      .reshape({-1, kRows * kChunks, chunk})
+      .index_select(1, index(chunks))
+      .reshape({-1});
+}
+
 }  // namespace
 
 Tensor pack_conv_weight_on_cuda(const ConvGeometry& g, const Tensor& weight) {
@@ -42,7 +63,8 @@ Tensor pack_conv_weight_on_cuda(const ConvGeometry& g, const Tensor& weight) {
     const Tensor rows = filled.reshape({g.cout, depth});
     const int64_t more_columns = cuda::packed_columns(g.cout) - g.cout;
     const int64_t more_depth = cuda::packed_depth(depth, dtype) - depth;
-    parts.push_back(at::constant_pad_nd(rows, {0, more_depth, 0, more_columns}).reshape({-1}));
+    const Tensor whole = at::constant_pad_nd(rows, {0, more_depth, 0, more_columns});
+    parts.push_back(in_blocks(whole, dtype));
   }
   return at::cat(parts).contiguous();
 }

@@ -119,7 +119,7 @@ def test_large_tiles_agree_with_small_ones() -> None:
     acc = whole.permute(0, 3, 1, 2)
     mask = torch.rand(n, h, w, device="cuda") < 0.3
     made = torch.zeros_like(mask)
-    counts = torch.full((2,), -1, dtype=torch.int64, device="cuda")
+    counts = torch.zeros(2, dtype=torch.int64, device="cuda")
     none = [None] * 5
     torch.ops.deltafx.conv2d(
         acc, made, counts, x, mask, packed, *none, "identity", [1, 1], [1, 1], [0, 0], [1, 1], 1,
@@ -133,3 +133,70 @@ def test_large_tiles_agree_with_small_ones() -> None:
     error = (acc.double() - want).abs()[chosen].max()
     assert error <= 2 * (dense.double() - want).abs().max()
     assert acc[~chosen].isnan().all()
+
+
+# More sites than a block lists by itself; input channels, output channels, kernel, stride, groups.
+LONG_LISTS = [
+    (64, 64, 3, 1, 1),
+    (64, 256, 1, 1, 1),
+    (24, 96, 1, 1, 1),
+    (128, 128, 3, 2, 1),
+    (512, 128, 3, 1, 1),
+    (3, 64, 7, 2, 1),
+    (96, 96, 3, 1, 96),
+    (32, 32, 3, 2, 32),
+    (144, 144, 5, 1, 144),
+]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.5])
+@pytest.mark.parametrize("shape", LONG_LISTS, ids=str)
+def test_long_lists(shape: tuple[int, ...], threshold: float | None, density: float) -> None:
+    """Maps that the literal rule is too slow for, against torch's own convolution."""
+    torch.manual_seed(0)
+    cin, cout, kernel, stride, groups = shape
+    n, h, w, pad = 3, 97 * stride, 104 * stride, kernel // 2
+    room = 4 if cin == 3 else cin
+    half = {"device": "cuda", "dtype": torch.float16}
+    whole = torch.full((n, h, w, room), float("nan"), **half)  # the fourth channel must not be read
+    x = whole.permute(0, 3, 1, 2)[:, :cin]
+    x.copy_(torch.randn(x.shape, **half))
+    weight = torch.randn(cout, cin // groups, kernel, kernel, **half)
+    weight /= (weight.numel() / cout) ** 0.5
+    bias = torch.randn(cout, device="cuda")
+    dense = torch.nn.functional.conv2d(x, weight, bias.half(), stride, pad, 1, groups).relu()
+    exact = torch.nn.functional.conv2d(
+        x.double(), weight.double(), bias.double(), stride, pad, 1, groups
+    ).relu()
+    mask = torch.rand(n, h, w, device="cuda") < density
+    window = (kernel, stride, pad)
+    candidates = torch.nn.functional.max_pool2d(mask.half()[:, None], *window)[:, 0] > 0
+    old = (exact + torch.randn_like(exact) * torch.rand_like(exact[:, :1])).half()
+    acc = old.clone(memory_format=torch.channels_last)
+    made = torch.zeros_like(candidates)
+    counts = torch.zeros(2, dtype=torch.int64, device="cuda")
+    scale = torch.rand(cout, device="cuda") + 0.5
+    limit = None if threshold is None else torch.tensor([threshold], device="cuda")
+    sizes = [[kernel] * 2, [stride] * 2, [pad] * 2, [1, 1]]
+    packed = torch.ops.deltafx.pack_conv_weight(weight, *sizes[1:], groups, False)
+    torch.ops.deltafx.conv2d(
+        acc, made, counts, x, mask, packed, bias, None, None, None, None, "identity", *sizes,
+        groups, False, "relu", [], None, None if limit is None else scale, limit, "rms",
+    )  # fmt: skip
+    error = 2 * max((dense.double() - exact).abs().max(), 2**-10 * exact.abs().max())
+    active = torch.zeros_like(made)
+    for first in range(0, cout, 64):
+        part = slice(first, first + 64)
+        change = (exact - old.double())[:, part] * scale[part].double()[:, None, None]
+        size = change.square().mean(1).sqrt()
+        written = (acc != old)[:, part].any(1)
+        assert not (written & ~candidates).any()
+        right = ((acc.double() - exact).abs() <= error)[:, part].all(1)
+        slack = 2 * error * scale.max() if threshold else 0.0
+        least = -1.0 if threshold is None else threshold
+        assert right[candidates & (size > least + slack)].all()
+        assert not (written & (size < least - slack)).any()
+        active |= candidates if threshold is None else written
+    assert torch.equal(made, active)
+    assert counts.tolist() == [int(candidates.sum()), int(active.sum())]

@@ -158,7 +158,7 @@ def check(
         state = State(
             make_map(start, dtype, device, sliced),
             before_mask.to(device),
-            torch.tensor([-7, -7], device=device),
+            torch.zeros(2, dtype=torch.int64, device=device),
         )
         before = State(state.acc.clone().cpu(), before_mask, torch.zeros(2))
         untouched = around(state.acc)

@@ -23,7 +23,7 @@ def laid_out(x, layout):
 
 
 def encode(x, acc, mask, block, inv_scale, threshold, policy):
-    counts = torch.tensor([-7, -7], device=acc.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=acc.device)
     limit = None if threshold is None else torch.tensor([threshold], device=acc.device)
     scale = None if threshold is None else inv_scale.to(acc.device)
     OP.operator(acc, mask, counts, x, block, scale, limit, policy)

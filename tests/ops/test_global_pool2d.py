@@ -52,6 +52,7 @@ def test_sums_do_not_drift(device):
 
     def step(state, partial, x, mask):
         x = make_map(x, torch.float32, device, False)
+        state.counts.zero_()
         run(OP, state, {"x": x}, {"x": mask.to(device)}, free, {"partial": partial})
 
     free = {"inv_scale": None, "threshold": None, "policy": "rms"}

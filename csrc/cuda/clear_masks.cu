@@ -1,0 +1,33 @@
+#include "cuda/device.cuh"
+#include "cuda/launch.h"
+#include "cuda/ops.h"
+
+namespace deltafx::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads)
+    clear_kernel(uint8_t* masks, int64_t bytes, int64_t* counts, int64_t rows) {
+  wait_for_inputs();
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = first; i < 2 * rows; i += step) counts[i] = 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(masks) % 16 == 0;
+  const int64_t vectors = aligned ? bytes / 16 : 0;
+  for (int64_t i = first; i < vectors; i += step)
+    reinterpret_cast<uint4*>(masks)[i] = make_uint4(0, 0, 0, 0);
+  for (int64_t i = vectors * 16 + first; i < bytes; i += step) masks[i] = 0;
+}
+
+}  // namespace
+
+cudaError_t clear_masks(uint8_t* masks, int64_t bytes, int64_t* counts, int64_t rows,
+                        cudaStream_t stream) {
+  const int64_t needed = (bytes / 16 + kThreads - 1) / kThreads + 1;
+  const int64_t most = int64_t{8} * current_device().multiprocessors;
+  const int blocks = static_cast<int>(needed < most ? needed : most);
+  return launch(clear_kernel, {blocks, kThreads}, stream, masks, bytes, counts, rows);
+}
+
+}  // namespace deltafx::cuda

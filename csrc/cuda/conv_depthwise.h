@@ -1,0 +1,12 @@
+// Depthwise convolution where everything is moved in vectors of eight channels.
+#pragma once
+
+#include "cuda/conv_gemm.h"
+
+namespace deltafx::cuda {
+
+bool conv_depthwise_takes(const GemmParams& p);
+// p's weight: [tap][channel].
+cudaError_t conv_depthwise(const GemmParams& p, cudaStream_t stream);
+
+}  // namespace deltafx::cuda

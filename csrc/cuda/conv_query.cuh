@@ -1,0 +1,149 @@
+// Which output sites of a convolution are candidates, and how those that changed are marked.
+#pragma once
+
+#include "cuda/conv_gemm.h"
+
+namespace deltafx::cuda {
+
+// Whether an output coordinate has a kernel element inside the input.
+__host__ __device__ inline bool has_tap(const PhaseAxis& phase, int base, int in) {
+  for (int j = 0; j < phase.taps; ++j) {
+    const int i = base + j * phase.step;
+    if (i >= 0 && i < in) return true;
+  }
+  return false;
+}
+
+// The candidates of a phase: sites whose taps meet an active site, or whose residual is active.
+// Sites without any tap inside the input hold a constant that no input can make them compute. They
+// follow their stream instead, so that a lost state is refilled.
+struct ConvQuery {
+  Mask x, residual;
+  GemmAxis y_axis, x_axis;
+  const int32_t* streams;  // per stream, whether x has an active site; null: no site needs it
+
+  __device__ static bool in_phase(const GemmAxis& axis, int o) {
+    return !axis.transposed || (o + axis.pad) % axis.stride == axis.phase.remainder;
+  }
+  __device__ bool is_candidate(const Position& at) const {
+    if (!in_phase(y_axis, at.y) || !in_phase(x_axis, at.x)) return false;
+    const int top = y_axis.base(at.y), left = x_axis.base(at.x);
+    const int h = static_cast<int>(x.h), w = static_cast<int>(x.w);
+    const uint8_t* stream = x.data + static_cast<int64_t>(at.n) * h * w;
+    bool found = false;
+    for (int jy = 0; jy < y_axis.phase.taps; ++jy) {
+      const int iy = top + jy * y_axis.phase.step;
+      if (iy < 0 || iy >= h) continue;
+      for (int jx = 0; jx < x_axis.phase.taps; ++jx) {
+        const int ix = left + jx * x_axis.phase.step;
+        found |= ix >= 0 && ix < w && stream[static_cast<int64_t>(iy) * w + ix] != 0;
+      }
+    }
+    if (residual.data != nullptr)
+      found |= residual.data[(at.n * residual.h + at.y) * residual.w + at.x] != 0;
+    if (streams != nullptr && !found && streams[at.n] != 0)
+      found = !has_tap(y_axis.phase, top, h) || !has_tap(x_axis.phase, left, w);
+    return found;
+  }
+
+  // Whether a run of eight sites is eight bytes of each mask, at a multiple of eight.
+  __host__ __device__ bool is_pointwise() const {
+    return y_axis.phase.taps == 1 && x_axis.phase.taps == 1 && y_axis.stride == 1 &&
+           x_axis.stride == 1 && y_axis.pad == 0 && x_axis.pad == 0 && !y_axis.transposed &&
+           x.w % 8 == 0 &&
+           (reinterpret_cast<uintptr_t>(x.data) | reinterpret_cast<uintptr_t>(residual.data)) % 8 ==
+               0;
+  }
+  // The bytes of such a run.
+  __device__ uint64_t eight_sites(int run) const {
+    uint64_t bytes = reinterpret_cast<const uint64_t*>(x.data)[run];
+    if (residual.data != nullptr) bytes |= reinterpret_cast<const uint64_t*>(residual.data)[run];
+    return bytes;
+  }
+
+  // kSlack: see eight_bytes.
+  template <bool kSlack = false>
+  __device__ uint32_t flags(Position at, int count) const {
+    uint32_t found = 0;
+    if (y_axis.transposed || streams != nullptr || x_axis.stride > 2) {
+#pragma unroll 1
+      for (int i = 0; i < count; ++i, ++at.x) found |= (is_candidate(at) ? 1u : 0u) << i;
+      return found;
+    }
+    const int taps = x_axis.phase.taps, step = x_axis.phase.step, left = x_axis.base(at.x);
+    const int span = (kFlags - 1) * x_axis.stride + (taps - 1) * step;
+    // All tap rows into one, 24 bytes wide, and that tap by tap to the left; or tap by tap.
+    const bool wide = step < 8 && span < 24;
+    uint64_t bytes = 0, a = 0, b = 0, c = 0;
+#pragma unroll 1
+    for (int jy = 0; jy < y_axis.phase.taps; ++jy) {
+      const int iy = y_axis.base(at.y) + jy * y_axis.phase.step;
+      if (iy < 0 || iy >= x.h) continue;
+      const int row = at.n * static_cast<int>(x.h) + iy;
+      if (wide) {
+        a |= eight_bytes<kSlack>(x, row, left);
+        if (span >= 8) b |= eight_bytes<kSlack>(x, row, left + 8);
+        if (span >= 16) c |= eight_bytes<kSlack>(x, row, left + 16);
+        continue;
+      }
+#pragma unroll 1
+      for (int jx = 0; jx < taps; ++jx) {
+        a = eight_bytes<kSlack>(x, row, left + jx * step);
+        if (x_axis.stride == 2)
+          a = even_bytes(a, eight_bytes<kSlack>(x, row, left + jx * step + 8));
+        bytes |= a;
+      }
+    }
+    if (wide) {
+#pragma unroll 1
+      for (int jx = 0; jx < taps; ++jx) {
+        bytes |= x_axis.stride == 1 ? a : even_bytes(a, b);
+        const int bits = 8 * step;
+        a = a >> bits | b << (64 - bits);
+        b = b >> bits | c << (64 - bits);
+        c >>= bits;
+      }
+    }
+    if (residual.data != nullptr)
+      bytes |= eight_bytes<kSlack>(residual, at.n * static_cast<int>(residual.h) + at.y, at.x);
+    return bits_of(bytes) & ((1u << count) - 1);
+  }
+
+ private:
+  static __device__ uint64_t even_bytes(uint64_t low, uint64_t high) {
+    const uint32_t a =
+        __byte_perm(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), 0x6420);
+    const uint32_t b =
+        __byte_perm(static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32), 0x6420);
+    return a | static_cast<uint64_t>(b) << 32;
+  }
+};
+
+// Marks sites of which a thread wrote a group, and counts them. A site of several groups counts
+// once, for whoever marks it first: in the list, or in the mask, if no other operator marks that.
+// What was there before is asked for at one mark and looked at with the next, as it takes a while.
+class SiteMarks {
+ public:
+  __device__ void set(const GemmParams& p, int site, int entry) {
+    found_ += before_ & bit_ ? 0 : 1;
+    uint8_t* mask = p.out.mask.data + site;
+    const auto address = reinterpret_cast<uintptr_t>(mask);
+    before_ = 0;
+    bit_ = 1u << (address % 4 * 8);
+    if (p.lists_itself && p.out.acc.c > kTruncationGroup) {
+      before_ = atomicOr(reinterpret_cast<unsigned*>(address - address % 4), bit_);
+      return;
+    }
+    *mask = 1;
+    if (p.out.acc.c <= kTruncationGroup) return;
+    bit_ = kActiveBit;
+    before_ = atomicOr(reinterpret_cast<unsigned*>(p.list.entries) + entry, kActiveBit);
+  }
+  __device__ int count() const { return found_ + (before_ & bit_ ? 0 : 1); }
+
+ private:
+  int found_ = 0;
+  unsigned before_ = 1, bit_ = 1;  // no mark yet
+};
+
+}  // namespace deltafx::cuda
