@@ -9,6 +9,7 @@ bool is_16_byte_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) %
 
 // An image's channels lie four apart; other maps come in vectors of eight.
 bool gathers(const GemmParams& p) {
+  if (p.x.sites() * p.x.ld >= int64_t{1} << 31) return false;  // offsets have 32 bits
   if (p.pre_scale != nullptr || p.y.phase.taps == 0 || p.x_axis.phase.taps == 0 ||
       p.y.phase.taps >= kMostTaps || p.x_axis.phase.taps >= kMostTaps)
     return false;
@@ -28,12 +29,12 @@ bool conv_hopper_takes(const GemmParams& p) {
 }
 
 bool conv_hopper_is_large(const GemmParams& p) {
-  // Large tiles halve what is read for a product. They pay where a twentieth of the sites fills the
-  // device with them, and in deep convolutions of middling maps, whose depth is split.
+  // Large tiles halve what is read for a product. They pay in deep convolutions, of many channels
+  // or of large maps.
   const int64_t tiles = p.out.acc.sites() / 128 * (p.out.acc.c / 128);
-  const int64_t multiprocessors = current_device().multiprocessors;
-  const bool deep = p.packed_depth >= 1024 && tiles * p.packed_depth >= 3072 * multiprocessors;
-  return p.out.acc.c % 128 == 0 && p.x.c > 4 && (deep || tiles >= 20 * multiprocessors);
+  const int64_t work = tiles * p.packed_depth / current_device().multiprocessors;
+  return p.out.acc.c % 128 == 0 && p.x.c > 4 && p.packed_depth >= 1024 &&
+         work >= (p.out.acc.c >= 512 ? 3072 : 12288);
 }
 
 }  // namespace deltafx::cuda

@@ -106,11 +106,20 @@ struct FourChannels {
   float change[kMost];
   bool differs;
 
-  __device__ FourChannels(const S* x, int64_t stride, const T* row, int count) : differs(false) {
+  // whole: four channels of the row may be read, at a multiple of their size.
+  __device__ FourChannels(const S* x, int64_t stride, const T* row, int count, bool whole)
+      : differs(false) {
+    union Four {
+      uint2 word;
+      T elements[kMost];
+      __device__ Four() {}
+    } old;
+    if (sizeof(T) == 2 && whole) old.word = *reinterpret_cast<const uint2*>(row);
 #pragma unroll
     for (int k = 0; k < kMost; ++k) {
       if (k >= count) break;
-      const float a = to_float(from_float<T>(to_float(x[k * stride]))), b = to_float(row[k]);
+      const float a = to_float(from_float<T>(to_float(x[k * stride])));
+      const float b = to_float(sizeof(T) == 2 && whole ? old.elements[k] : row[k]);
       change[k] = a - b;
       differs |= !(a == b);
     }
@@ -127,6 +136,7 @@ __global__ void __launch_bounds__(kThreads) square_kernel(EncodeParams p, int ro
   const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
   const int c = static_cast<int>(acc.c), lane = threadIdx.x % 32;
   const int block = static_cast<int>(p.block), pitch = static_cast<int>(acc.ld);
+  const bool whole = pitch == 4 && reinterpret_cast<uintptr_t>(acc.data) % 8 == 0;
   int found = 0;
   if (index < acc.n * rows * columns) {
     const Position square = position_of(static_cast<int>(index), rows, columns);
@@ -159,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) square_kernel(EncodeParams p, int ro
         const T* row = data + static_cast<int64_t>(site) * pitch;
         bool differs = false;
         for (int k = 0; k < c; k += Four::kMost)
-          differs |= Four(x + k * p.stride_c, p.stride_c, row + k, c - k).differs;
+          differs |= Four(x + k * p.stride_c, p.stride_c, row + k, c - k, whole).differs;
         if (differs) write(site, x);
       });
     } else {
@@ -167,7 +177,7 @@ __global__ void __launch_bounds__(kThreads) square_kernel(EncodeParams p, int ro
       for_sites([&](int site, const S* x) {
         const T* row = data + static_cast<int64_t>(site) * pitch;
         for (int k0 = 0; k0 < c; k0 += Four::kMost) {
-          const Four four(x + k0 * p.stride_c, p.stride_c, row + k0, c - k0);
+          const Four four(x + k0 * p.stride_c, p.stride_c, row + k0, c - k0, whole);
 #pragma unroll
           for (int k = 0; k < Four::kMost; ++k) {
             if (k0 + k >= c) break;

@@ -1,4 +1,5 @@
 // pool2d and adaptive_pool2d: maximum or average over windows of sites.
+#include "cuda/conv_query.cuh"
 #include "cuda/ops.h"
 #include "cuda/sites.cuh"
 
@@ -29,8 +30,16 @@ struct Pool {
   Mask mask;
   PoolRule y_rule, x_rule;
   bool aligned, maximum;
+  bool windows;  // every window is one of a convolution, and none lies outside the input
+  ConvQuery query;
 
-  __device__ bool operator()(const Position& at) const {
+  __device__ uint32_t flags(Position at, int count) const {
+    if (windows) return query.flags(at, count);
+    uint32_t found = 0;
+    for (int i = 0; i < count; ++i, ++at.x) found |= (is_candidate(at) ? 1u : 0u) << i;
+    return found;
+  }
+  __device__ bool is_candidate(const Position& at) const {
     const Range ry = range_of(y_rule, at.y), rx = range_of(x_rule, at.x);
     // Where padding and ceil_mode meet, a window may lie outside the input altogether.
     if (ry.begin >= ry.end || rx.begin >= rx.end) return is_lost(acc, at);
@@ -68,11 +77,27 @@ struct Pool {
   }
 };
 
+// The windows of a rule, as those of a convolution.
+GemmAxis axis_of(const PoolRule& r) {
+  return {r.stride, r.pad, false, {r.kernel, -r.pad, r.dilation, 0, 0, 1}};
+}
+
+// Whether they are, and each of them meets the input.
+bool are_windows(const PoolRule& r, int64_t out) {
+  if (r.kernel == 0) return false;
+  const GemmAxis axis = axis_of(r);
+  for (int64_t o = 0; o < out; ++o)
+    if (!has_tap(axis.phase, static_cast<int>(o) * axis.stride - axis.pad, r.in)) return false;
+  return true;
+}
+
 }  // namespace
 
 cudaError_t pool2d(const PoolParams& p, const PoolRule& y, const PoolRule& x, int32_t* memory,
                    cudaStream_t stream) {
-  const Pool f{p.out.acc, p.x.map, p.x.mask, y, x, is_aligned(p.x.map), p.maximum};
+  const bool windows = are_windows(y, p.out.acc.h) && are_windows(x, p.out.acc.w);
+  const ConvQuery query{p.x.mask, {}, axis_of(y), axis_of(x), nullptr};
+  const Pool f{p.out.acc, p.x.map, p.x.mask, y, x, is_aligned(p.x.map), p.maximum, windows, query};
   return update_sites(p.out, p.act, f, f, memory, stream);
 }
 

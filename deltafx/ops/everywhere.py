@@ -7,7 +7,7 @@ evaluations of the same functions; masks and counts are the executor's, once for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,12 @@ from torch import Tensor
 
 from deltafx.ops.conv2d import conv2d, prologue
 
-_OUT = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div}
+_OUT: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+}
 
 
 def conv2d_everywhere(

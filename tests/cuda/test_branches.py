@@ -69,6 +69,18 @@ def test_the_branch_follows_how_much_changed(dtype: torch.dtype) -> None:
     oracle.check()
 
 
+def test_tf32() -> None:
+    """The Oracle's dense model rounds its operands likewise."""
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        net = small_net()
+        model, oracle = warm(net, threshold=0)
+        frame = picture(net)
+        for shown in (frame, with_box(frame), frame, picture(net)):
+            oracle.compare(model(shown), shown)
+        assert model.stats().branch == "dense"
+        oracle.check()
+
+
 @pytest.mark.parametrize(("share", "branch"), [(0.0, "dense"), (0.9, "delta"), (1.0, "delta")])
 def test_the_option_sets_the_switch(share: float, branch: str) -> None:
     net = small_net()

@@ -1,0 +1,139 @@
+// The end of the Hopper convolution: from 16 sums of a thread to the accumulator.
+#pragma once
+
+#include "cuda/conv_gemm.h"
+#include "cuda/update.cuh"
+
+namespace deltafx::cuda {
+
+template <class T>
+__device__ __forceinline__ uint32_t pack_two(float a, float b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 v = __floats2half2_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&v);
+  } else {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&v);
+  }
+}
+template <class T>
+__device__ __forceinline__ float2 unpack_two(uint32_t v) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __half22float2(*reinterpret_cast<const __half2*>(&v));
+  else
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v));
+}
+
+// What of a convolution's parameters a block reads again and again, in shared memory: of its
+// columns.
+template <int kColumns>
+struct ColumnConstants {
+  float bias[kColumns], scale[kColumns];
+
+  __device__ void load(const GemmParams& p, int first_column) {
+    const int i = static_cast<int>(threadIdx.x), c = first_column + i;
+    if (i >= kColumns || c >= p.out.acc.c) return;
+    bias[i] = p.bias != nullptr ? p.bias[c] : 0.f;
+    scale[i] = p.out.truncation.policy != Policy::none ? p.out.truncation.inv_scale[c] : 0.f;
+  }
+};
+
+// Sixteen channels of a site, [c, c + 8) and [c + 32, c + 40): what a thread finishes at a time.
+template <class T>
+struct SiteUnit {
+  int site;  // -1: none
+  uint4 old[2], residual[2];
+
+  // Starts reading what the sums will be compared with and added to.
+  __device__ __forceinline__ void fetch(const GemmParams& p, int own_site, int c) {
+    site = own_site;
+    const auto* acc = static_cast<const T*>(p.out.acc.data) + site * p.out.acc.ld + c;
+    const auto* more = static_cast<const T*>(p.residual.data) + site * p.residual.ld + c;
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      if (site < 0 || c + 32 * q >= static_cast<int>(p.out.acc.c)) continue;
+      if (p.out.truncation.policy != Policy::none)
+        old[q] = *reinterpret_cast<const uint4*>(acc + 32 * q);
+      if (p.residual.data != nullptr) residual[q] = *reinterpret_cast<const uint4*>(more + 32 * q);
+    }
+  }
+
+  // Bias, residual, activation, update rule. Called by whole warps; true if the group was written.
+  // bias, scale: from channel c on.
+  __device__ __forceinline__ bool finish(const GemmParams& p, const FastActivation& act,
+                                         float threshold, int c, const float* bias,
+                                         const float* scale, float (&y)[2 * kVector]) {
+    const int channels = static_cast<int>(p.out.acc.c);
+    const Policy policy = p.out.truncation.policy;
+    float total = 0.f;
+    bool beyond = false;
+    uint4 packed[2];
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      if (site < 0 || c + 32 * q >= channels) continue;
+      float v[kVector], w[kVector];
+      load_vector(bias + 32 * q, kVector, true, w);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) v[i] = y[q * kVector + i] + w[i];
+      const bool adds = p.residual.data != nullptr;
+      if (adds) unpack(residual[q], w);
+      if (adds && !p.residual_after_act) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) v[i] += w[i];
+      }
+      act.apply(p.act, c + 32 * q, kVector, v);
+      if (adds && p.residual_after_act) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) v[i] += w[i];
+      }
+      packed[q] = {pack_two<T>(v[0], v[1]), pack_two<T>(v[2], v[3]), pack_two<T>(v[4], v[5]),
+                   pack_two<T>(v[6], v[7])};
+      if (policy == Policy::none) continue;
+      unpack(packed[q], v);
+      unpack(old[q], w);
+      if (threshold == 0.f) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) beyond |= !(v[i] == w[i]);
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) v[i] -= w[i];
+      load_vector(scale + 32 * q, kVector, true, w);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        v[i] *= w[i];
+        if (policy == Policy::rms)
+          total += v[i] * v[i];
+        else
+          beyond |= !(fabsf(v[i]) <= threshold);
+      }
+    }
+    const int group = c / static_cast<int>(kTruncationGroup) * static_cast<int>(kTruncationGroup);
+    bool changed = true;
+    if (policy == Policy::rms && threshold != 0.f) {
+      total = sum_over_group<4>(total);
+      const int size = min(channels - group, static_cast<int>(kTruncationGroup));
+      changed = !(total <= threshold * threshold * static_cast<float>(size));
+    } else if (policy != Policy::none) {
+      changed = any_in_group<4>(beyond);
+    }
+    if (!changed || site < 0 || group >= channels) return false;
+    auto* acc = static_cast<T*>(p.out.acc.data) + site * p.out.acc.ld + c;
+#pragma unroll
+    for (int q = 0; q < 2; ++q)
+      if (c + 32 * q < channels) *reinterpret_cast<uint4*>(acc + 32 * q) = packed[q];
+    return true;
+  }
+
+ private:
+  static __device__ void unpack(const uint4& from, float (&v)[kVector]) {
+    const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 two = unpack_two<T>(words[i]);
+      v[2 * i] = two.x, v[2 * i + 1] = two.y;
+    }
+  }
+};
+
+}  // namespace deltafx::cuda

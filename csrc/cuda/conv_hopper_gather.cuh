@@ -1,0 +1,135 @@
+// Fills the A half of the Hopper convolution's stages: the sites' windows.
+#pragma once
+
+#include "cuda/conv_gemm_loader.cuh"
+
+namespace deltafx::cuda {
+
+// A row of a tile, as GemmRow, in few instructions: all numbers but the address have 32 bits.
+template <class T>
+struct HopperRow {
+  const T* from;
+  uint32_t taps;
+  int site;
+
+  __device__ HopperRow() {}
+  __device__ HopperRow(const GemmParams& p, int site_or_none) : taps(0), site(site_or_none) {
+    const int h = static_cast<int>(p.x.h), w = static_cast<int>(p.x.w);
+    const Position at = position_of(max(site, 0), p.h, p.w);
+    int y = p.y.base(at.y), x = p.x_axis.base(at.x);
+    from = static_cast<const T*>(p.x.data) +
+           static_cast<int64_t>((at.n * h + y) * w + x) * static_cast<int>(p.x.ld);
+    if (site < 0) return;
+    const int most = max(p.y.phase.taps, p.x_axis.phase.taps);
+#pragma unroll 1
+    for (uint32_t bit = 1; bit < 1u << most; bit *= 2) {
+      if (static_cast<unsigned>(y) < static_cast<unsigned>(h)) taps |= bit;
+      if (static_cast<unsigned>(x) < static_cast<unsigned>(w)) taps |= bit << kMostTaps;
+      y += p.y.phase.step, x += p.x_axis.phase.step;
+    }
+  }
+};
+
+// Gathers the sites' windows: a thread copies one chunk column of four rows, step after step.
+template <class Traits>
+class HopperGather {
+  using T = typename Traits::T;
+  static constexpr int kCopyRows = Traits::kThreads / 8, kOwnRows = Traits::kRows / kCopyRows;
+
+ public:
+  __device__ HopperGather(const GemmParams& p, const HopperRow<T>* rows, int first_step) : p_(p) {
+    const int chunk = static_cast<int>(threadIdx.x) % 8, row = static_cast<int>(threadIdx.x) / 8;
+    to_ = row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes);
+    const int channels = packed_channels(static_cast<int>(p.x.c));
+    channel_ = first_step * Traits::kDepth + chunk * kVector;
+    tap_y_ = tap_x_ = 0;
+    if (channel_ >= channels) {
+      const int tap = channel_ / channels;
+      channel_ -= tap * channels;
+      tap_y_ = tap / p.x_axis.phase.taps;
+      tap_x_ = tap - tap_y_ * p.x_axis.phase.taps;
+    }
+    begin_tap();
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+      from_[i] = rows[row + i * kCopyRows].from;
+      taps_[i] = rows[row + i * kCopyRows].taps;
+    }
+  }
+
+  // The next step of depth into a stage.
+  __device__ void load(uint32_t stage) {
+    if constexpr (Traits::kImage) {
+      load_image(stage + to_);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kOwnRows; ++i)
+        copy_chunk(stage + to_ + i * kCopyRows * kRowBytes, from_[i] + offset_,
+                   (taps_[i] & bits_) == bits_);
+      offset_ += Traits::kDepth;
+      channel_ += Traits::kDepth;
+      const int channels = static_cast<int>(p_.x.c);
+      if (channel_ < channels) return;
+      do {
+        channel_ -= channels;
+        next_tap();
+      } while (channel_ >= channels);
+      begin_tap();
+    }
+  }
+
+ private:
+  // bits_: of a row that the tap needs; beyond the last tap there is none that has them.
+  // offset_: how far its site, and the channel there, lies from tap 0's, in elements.
+  __device__ void begin_tap() {
+    bits_ = tap_y_ < p_.y.phase.taps ? 1u << tap_y_ | 1u << (kMostTaps + tap_x_) : ~0u;
+    offset_ =
+        (tap_y_ * p_.y.phase.step * static_cast<int>(p_.x.w) + tap_x_ * p_.x_axis.phase.step) *
+            static_cast<int>(p_.x.ld) +
+        channel_;
+  }
+  __device__ void next_tap() {
+    if (++tap_x_ == p_.x_axis.phase.taps) {
+      tap_x_ = 0;
+      ++tap_y_;
+    }
+  }
+
+  // A chunk is two taps of four channels, of which those beyond the image's are nothing.
+  __device__ void load_image(uint32_t to) {
+    uint2 v[2][kOwnRows];
+    const int channels = static_cast<int>(p_.x.c);
+    const uint32_t low = channels > 1 ? ~0u : 0xffffu;
+    const uint32_t high = channels > 3 ? ~0u : channels > 2 ? 0xffffu : 0u;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+#pragma unroll
+      for (int i = 0; i < kOwnRows; ++i) {
+        v[k][i] = make_uint2(0, 0);
+        if ((taps_[i] & bits_) == bits_)
+          v[k][i] = *reinterpret_cast<const uint2*>(from_[i] + offset_);
+      }
+      next_tap();
+      begin_tap();
+    }
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i)
+      asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to + i * kCopyRows * kRowBytes),
+                   "r"(v[0][i].x & low), "r"(v[0][i].y & high), "r"(v[1][i].x & low),
+                   "r"(v[1][i].y & high)
+                   : "memory");
+    // A step is 16 taps, of which this thread had two.
+#pragma unroll 1
+    for (int k = 0; k < Traits::kDepth / 4 - 2; ++k) next_tap();
+    begin_tap();
+  }
+
+  const GemmParams& p_;
+  uint32_t to_;
+  int channel_, tap_y_, tap_x_, offset_;
+  uint32_t bits_;
+  const T* from_[kOwnRows];
+  uint32_t taps_[kOwnRows];
+};
+
+}  // namespace deltafx::cuda
