@@ -32,7 +32,7 @@ from deltafx.state import (
 
 aten = torch.ops.aten
 
-AGE, HELD = "age", "held_thresholds"
+PHASE, HELD = "phase", "held_thresholds"
 
 
 class FrameProgram(nn.Module):
@@ -65,7 +65,9 @@ class FrameProgram(nn.Module):
         kept = {MASKS, COUNTS, SCALES, *instance.constants, *plan.workspaces}
         kept |= {acc_name(slot) for slot in plan.slots}
         buffers = {name: _copied(tensors[name]) for name in kept}
-        buffers |= {HELD: _copied(held), AGE: torch.tensor(age, device=plan.device)}
+        # Not a count: AOTInductor folds a buffer of one value, though it is written to.
+        phase = torch.arange(refresh_every) == (-age) % max(1, refresh_every)
+        buffers |= {HELD: _copied(held), PHASE: phase.to(plan.device)}
         graph = _with_views(instance.graph, plan, refresh_every)
         used = {node.target for node in graph.nodes if node.op == "get_attr"}
         self.frame = fx.GraphModule({n: b for n, b in buffers.items() if n in used}, graph)
@@ -123,17 +125,18 @@ def _with_views(lowered: fx.Graph, plan: StatePlan, refresh_every: int) -> fx.Gr
 
 
 def _thresholds(graph: fx.Graph, refresh_every: int) -> fx.Node:
-    """The thresholds of this frame; 0 where the age is, and a frame makes the age one more."""
+    """The thresholds of this frame: 0 where the first of the phases is true; then they move up."""
     held = graph.get_attr(HELD)
     if not refresh_every:
         return held
-    age = graph.get_attr(AGE)
-    due = graph.call_function(aten.eq.Scalar, (age, 0))
     zeros = graph.call_function(aten.zeros_like.default, (held,))
+    if refresh_every == 1:
+        return zeros
+    phase = graph.get_attr(PHASE)
+    due = graph.call_function(aten.select.int, (phase, 0, 0))
     chosen = graph.call_function(aten.where.self, (due, zeros, held))
-    older = graph.call_function(aten.add.Tensor, (age, 1))
-    wrapped = graph.call_function(aten.remainder.Scalar, (older, refresh_every))
-    graph.call_function(aten.copy_.default, (age, wrapped))
+    moved = graph.call_function(aten.roll.default, (phase, [-1]))
+    graph.call_function(aten.copy_.default, (phase, moved))
     return chosen
 
 

@@ -111,7 +111,7 @@ def compiled_net(threshold, refresh_every):
     return compiled, frames
 
 
-@pytest.mark.parametrize(("threshold", "refresh_every"), [(0, 6), (0.3, 0), (0.3, 3)])
+@pytest.mark.parametrize(("threshold", "refresh_every"), [(0, 6), (0.3, 0), (0.3, 1), (0.3, 3)])
 def test_a_compiled_model_is_exported(tmp_path, threshold, refresh_every):
     """And goes on from the frame seen last, bit for bit; so does the file's program."""
     compiled, frames = compiled_net(threshold, refresh_every)
@@ -127,6 +127,20 @@ def test_a_compiled_model_is_exported(tmp_path, threshold, refresh_every):
         assert same(functional(frame), expected)
     assert min(fractions) == 0
     assert max(fractions) > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_package_of_aotinductor(tmp_path):
+    """On the CPU, its state in the package; dense ops are inductor's own kernels."""
+    compiled, frames = compiled_net(0.3, 3)
+    program = torch.export.export(compiled.frame_program(), (frames[0],))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=tmp_path / "net.pt2")
+    package = torch._inductor.aoti_load_package(path)
+    for frame in frames[1:]:
+        got, expected = package(frame), compiled(frame)
+        assert torch.equal(got["map"], expected["map"])
+        torch.testing.assert_close(got["mean"], expected["mean"])
 
 
 def test_a_frame_program_is_a_copy():
