@@ -176,8 +176,8 @@ def check_bounded(
                 gate = node.kwargs.get("block", 1) if policy == "rms" and t > 0 else 1
                 rows = scale.reshape(1, -1, 1, 1)
                 change = norms((acc - exact) * rows, policy, gate)
-                # What the arithmetic itself may be off by: twice the dense function's own error, and
-                # two units in the last place (our gelu is within 1.5 times torch's error).
+                # What the arithmetic itself may be off by: twice the dense function's own error,
+                # and two units in the last place (our gelu is within 1.5 times torch's error).
                 own = 2 * norms((rough.double() - exact) * rows, policy, gate).max()
                 last = 2 * torch.finfo(dtype).eps * norms(exact * rows, policy, gate)
                 bound = t * (1 + 1e-5) + own + last
