@@ -27,6 +27,7 @@ from deltafx.state import (
     mask_name,
     place_name,
     scale_name,
+    scale_room,
     threshold_name,
 )
 
@@ -160,7 +161,7 @@ def _parts(plan: StatePlan) -> dict[str, tuple[str, list[tuple[Any, ...]]]]:
     for i, (node, channels) in enumerate(plan.truncating.items()):
         parts[threshold_name(node)] = (THRESHOLDS, [(aten.select.int, 0, i)])
         parts[scale_name(node)] = (SCALES, [(aten.slice.Tensor, 0, first, first + channels)])
-        first += channels
+        first += scale_room(channels)
     return parts
 
 
