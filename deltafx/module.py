@@ -227,8 +227,9 @@ class DeltaModule(fx.GraphModule):
         """Every node: delta, view or dense, and why."""
         compiled = self._require()
         run = compiled.run
-        told = isinstance(run, (FrameCalls, FrameGraph))
-        frames = run.describe() if told else "one operator after another"
+        frames = "one operator after another"
+        if isinstance(run, (FrameCalls, FrameGraph)):
+            frames = run.describe()
         return Explanation(
             compiled.instance.nodes, compiled.instance.counts, self._traced.front_end,
             self._traced.reason, frames,
