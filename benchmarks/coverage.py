@@ -99,7 +99,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 def errors(oracle: Oracle) -> dict[str, Any]:
     """Ours, the dense model's, and whether ours is at most twice that."""
-    own = oracle.bound / 2
+    own = max(oracle.bound / 2, 1e-30)  # of results that are zeros, no error is 0
     return {"exact": oracle.error <= oracle.bound, "error": round(oracle.error / own, 2)}
 
 
