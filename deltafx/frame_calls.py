@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deltafx.state import COUNTS
-
 _ENCODE = torch.ops.deltafx.encode.default
 _CLONE = torch.ops.aten.clone.default
 
@@ -32,7 +30,6 @@ class FrameCalls:
         """
         nodes: list[Any] = list(graph.nodes)
         inputs = [n for n in nodes if n.op == "placeholder"]
-        self._counts = tensors[COUNTS]
         self._encodes: list[tuple[int, Callable[[Tensor], None]]] = []
         self._active: list[Tensor] = []  # sites that each of the encodes found
         self._calls: list[Callable[[], None]] = []
@@ -64,8 +61,7 @@ class FrameCalls:
 
     def __call__(self, module: Any, *inputs: Tensor) -> list[Any]:
         """Runs a frame; takes and returns what the graph's function does."""
-        self._clear()  # by the counts of the last frame
-        self._counts.zero_()
+        self._clear()
         for i, encode in self._encodes:
             encode(inputs[i])
         if any(active.item() for active in self._active):

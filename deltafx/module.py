@@ -173,10 +173,11 @@ class DeltaModule(fx.GraphModule):
             frames: Each an argument of the model, or a tuple of them. The state is reset after.
         """
         moments: dict[str, calibration.Moments] = {}
+        frame = None
         for frame in frames:
             self(*(frame if isinstance(frame, tuple) else (frame,)))
             self.observe(moments)
-        if not moments:
+        if frame is None:
             raise InvalidInputError("calibrate needs at least one frame")
         self.rescale(moments)
 

@@ -141,6 +141,17 @@ def packable(weight: Tensor, node: fx.Node) -> Tensor:
     return weight.to(result.device, dtype).contiguous()
 
 
+def pack_conv(node: fx.Node, kwargs: dict[str, Any], *, transposed: bool) -> dict[str, Any]:
+    """A convolution's arguments with its weight packed for the kernels, and what its shape was."""
+    weight = kwargs["weight"]
+    defaults = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    geometry = [list(kwargs.get(name, default)) for name, default in defaults.items()]
+    packed = torch.ops.deltafx.pack_conv_weight(
+        packable(weight, node), *geometry, kwargs.get("groups", 1), transposed
+    )
+    return {**kwargs, "weight": packed, "kernel": list(weight.shape[2:])}
+
+
 def like(t: Tensor | None, x: Tensor) -> Tensor | None:
     """`t` in the dtype of `x`, for a dense function to compute in."""
     return None if t is None else t.to(x.dtype)

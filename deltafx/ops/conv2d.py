@@ -11,6 +11,7 @@ convolution.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from deltafx.ops.base import (
     constant,
     is_map,
     like,
-    packable,
+    pack_conv,
     pair,
 )
 
@@ -136,18 +137,11 @@ def macs_per_site(node: fx.Node) -> int:
     return weight.numel()
 
 
-def prepare(node: fx.Node, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Packs the weight for the kernels and says what its shape was."""
-    weight = kwargs["weight"]
-    geometry = [list(kwargs.get(k, d)) for k, d in _GEOMETRY.items()]
-    packed = torch.ops.deltafx.pack_conv_weight(
-        packable(weight, node), *geometry, kwargs.get("groups", 1), False
-    )
-    return {**kwargs, "weight": packed, "kernel": list(weight.shape[2:])}
-
-
-_GEOMETRY = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
-
-OP = DeltaOp(conv2d, inputs=("x", "residual"), macs_per_site=macs_per_site, prepare=prepare)
+OP = DeltaOp(
+    conv2d,
+    inputs=("x", "residual"),
+    macs_per_site=macs_per_site,
+    prepare=partial(pack_conv, transposed=False),
+)
 
 RAISE = {aten.conv2d.default: raise_conv2d, aten.conv2d.padding: raise_conv2d}

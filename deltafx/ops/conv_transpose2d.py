@@ -7,6 +7,7 @@ output o reads input (o + padding - k * dilation) / stride where that is whole a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from deltafx.ops.base import (
     constant,
     is_map,
     like,
-    packable,
+    pack_conv,
     pair,
     value,
 )
@@ -126,21 +127,11 @@ def macs_per_site(node: fx.Node) -> int:
     return weight.numel() // (stride[0] * stride[1])
 
 
-def prepare(node: fx.Node, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Packs the weight for the kernels and says what its shape was."""
-    weight = kwargs["weight"]
-    geometry = [
-        list(kwargs.get(k, d))
-        for k, d in {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}.items()
-    ]
-    packed = torch.ops.deltafx.pack_conv_weight(
-        packable(weight, node), *geometry, kwargs.get("groups", 1), True
-    )
-    return {**kwargs, "weight": packed, "kernel": list(weight.shape[2:])}
-
-
 OP = DeltaOp(
-    conv_transpose2d, inputs=("x", "residual"), macs_per_site=macs_per_site, prepare=prepare
+    conv_transpose2d,
+    inputs=("x", "residual"),
+    macs_per_site=macs_per_site,
+    prepare=partial(pack_conv, transposed=True),
 )
 
 RAISE = {aten.conv_transpose2d.input: raise_conv_transpose2d}
