@@ -144,12 +144,12 @@ def _thresholds(graph: fx.Graph, refresh_every: int) -> fx.Node:
 def _parts(plan: StatePlan) -> dict[str, tuple[str, list[tuple[Any, ...]]]]:
     """By the name of an attribute that is a view: its base, and the calls that make the view."""
     parts: dict[str, tuple[str, list[tuple[Any, ...]]]] = {}
-    first = 0
+    starts = plan.first_sites()
     for slot in plan.slots.values():
         n, _, h, w = slot.shape
+        first = starts[slot.name]
         cut = (aten.slice.Tensor, 0, first, first + slot.sites)
         parts[mask_name(slot.name)] = (MASKS, [cut, (aten.view.default, [n, h, w])])
-        first += slot.sites
     for place in plan.places.values():
         name, base = place_name(plan, place), acc_name(place.slot)
         if name != base:

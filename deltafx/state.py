@@ -12,6 +12,7 @@ that runs after sees a superset of the active sites, which costs work and never 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -62,10 +63,16 @@ class StatePlan:
     workspaces: dict[str, tuple[int, ...]]
     device: torch.device
 
+    def first_sites(self) -> dict[str, int]:
+        """Where each slot's mask begins in the arena of masks, by its name."""
+        rooms = [mask_room(s.sites) for s in self.slots.values()]
+        return dict(zip(self.slots, itertools.accumulate(rooms, initial=0), strict=False))
+
     def bytes_by_slot(self) -> dict[str, int]:
         """Bytes of each slot: its accumulator and its mask."""
         return {
-            s.name: math.prod(s.shape) * s.dtype.itemsize + s.sites for s in self.slots.values()
+            s.name: math.prod(s.shape) * s.dtype.itemsize + mask_room(s.sites)
+            for s in self.slots.values()
         }
 
     def bytes(self) -> int:
@@ -91,19 +98,19 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
     device = plan.device
     made: dict[str, Tensor] = {
         MASKS: torch.zeros(
-            sum(s.sites for s in plan.slots.values()), dtype=torch.bool, device=device
+            sum(mask_room(s.sites) for s in plan.slots.values()), dtype=torch.bool, device=device
         ),
         COUNTS: torch.zeros((len(plan.nodes), 2), dtype=torch.int64, device=device),
         THRESHOLDS: torch.zeros(len(plan.truncating), device=device),
         SCALES: torch.ones(sum(map(scale_room, plan.truncating.values())), device=device),
     }
-    first = 0
+    starts = plan.first_sites()
     for slot in plan.slots.values():
         n, c, h, w = slot.shape
         rows = torch.full((n, h, w, c), float("nan"), dtype=slot.dtype, device=device)
         made[acc_name(slot.name)] = rows.permute(0, 3, 1, 2)
+        first = starts[slot.name]
         made[mask_name(slot.name)] = made[MASKS][first : first + slot.sites].view(n, h, w)
-        first += slot.sites
     for place in plan.places.values():
         whole = made[acc_name(place.slot)]
         made[place_name(plan, place)] = (
@@ -121,6 +128,11 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
     for name, shape in plan.workspaces.items():
         made[name] = torch.zeros(shape, device=device)
     return made
+
+
+def mask_room(sites: int) -> int:
+    """How many bytes a mask takes up: vectors of 16, so that each mask is aligned."""
+    return -(-sites // 16) * 16
 
 
 def scale_room(channels: int) -> int:

@@ -22,6 +22,7 @@ struct FeatureMap {
 struct Mask {
   uint8_t* data;
   int64_t n, h, w;
+  bool in_words;  // the memory goes on to a multiple of four bytes, as atomic operations need it
   int64_t sites() const { return n * h * w; }
 };
 
