@@ -140,11 +140,12 @@ class FrameGraph:
     def __call__(self, module: Any, *inputs: Tensor) -> Any:
         """Runs a frame; takes and returns what `eager` does."""
         if self._captured is None:
+            result = self._eager(module, *inputs)
             self._frames += 1
             if self.failure is None and self._frames > WARM_UP_FRAMES:
                 self._capture(inputs)
-            if self._captured is None:
-                return self._eager(module, *inputs)
+                self._fill_outputs(result)
+            return result
         for own, given in zip(self._inputs, inputs, strict=True):
             if own.data_ptr() != given.data_ptr():
                 own.copy_(given, non_blocking=True)
@@ -172,6 +173,12 @@ class FrameGraph:
             except RuntimeError as error:
                 self._fail(_reason(error))
             self._results = [o for o in self._outputs if isinstance(o, Tensor)]
+
+    def _fill_outputs(self, result: Any) -> None:
+        """Writes an eager frame's results where later ones will be, should nothing change then."""
+        for own, found in zip(self._outputs, result, strict=self.captured):
+            if isinstance(own, Tensor):
+                own.copy_(found)
 
     def _capture_whole(self) -> None:
         self._bodies = []

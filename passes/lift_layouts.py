@@ -233,7 +233,7 @@ def _binary(node: fx.Node, lifted: dict[fx.Node, Lifted]) -> tuple[Call, str] | 
         return None
     source = lifted[left].map
     number = isinstance(right, (int, float))
-    k = torch.tensor(float(right)) if number else constant(right)
+    k = torch.tensor(float(right), device=value(source).device) if number else constant(right)
     if k is None or k.dim() > 1:
         return None
     row = per_channel(k.reshape(-1, 1, 1) if k.dim() else k, int(value(source).shape[1]))

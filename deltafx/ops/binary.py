@@ -73,7 +73,7 @@ def raise_binary(node: fx.Node) -> Raised:
         return Refusal("an add with alpha is not a delta op")
     if not is_map(node):
         return Refusal(f"the result of this {op} is not a feature map [N, C, H, W]")
-    operands = [_constant_of(v) for v in (a, b)]
+    operands = [_constant_of(v, value(node).device) for v in (a, b)]
     if operands[0] is not None or operands[1] is not None:
         return _raise_constant(node, op, a, b, operands)
     if not is_map(a) or not is_map(b):
@@ -92,9 +92,9 @@ def _is_gate(operand: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return operand in {shape, (n, c, 1, 1), (n, 1, h, w), (n, 1, 1, 1)}
 
 
-def _constant_of(v: Any) -> Tensor | None:
+def _constant_of(v: Any, device: torch.device) -> Tensor | None:
     if isinstance(v, (int, float)) and not isinstance(v, bool):
-        return torch.tensor(float(v), dtype=torch.float64)
+        return torch.tensor(float(v), dtype=torch.float64, device=device)
     return constant(v)
 
 

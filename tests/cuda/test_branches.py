@@ -149,6 +149,32 @@ def test_what_reads_the_frame_itself_is_never_left_out() -> None:
     oracle.check()
 
 
+class DenseHead(nn.Module):
+    """Its results are no accumulators; numbers among its operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = 2 * self.conv(x) - 0.5
+        return y.sin(), y.cumsum(-1)
+
+
+def test_a_still_picture_from_the_first_frame_on() -> None:
+    """Then no launch of the graph has computed what is handed out."""
+    torch.manual_seed(0)
+    net = DenseHead().eval().cuda()
+    model, oracle = deltafx.compile(net, threshold=0), Oracle(net)
+    frame = picture(net)
+    for _ in range(WARM_UP_FRAMES + 3):
+        oracle.compare(model(frame), frame)
+    assert model.stats().branch == "nothing"
+    for shown in (with_box(frame), frame, frame, picture(net)):
+        oracle.compare(model(shown), shown)
+    oracle.check()
+
+
 def test_explain_tells_how_frames_run() -> None:
     net = small_net()
     model = deltafx.compile(net, example_inputs=(picture(net),))
