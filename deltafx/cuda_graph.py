@@ -140,11 +140,11 @@ class FrameGraph:
     def __call__(self, module: Any, *inputs: Tensor) -> Any:
         """Runs a frame; takes and returns what `eager` does."""
         if self._captured is None:
-            result = self._eager(module, *inputs)
             self._frames += 1
             if self.failure is None and self._frames > WARM_UP_FRAMES:
                 self._capture(inputs)
-                self._fill_outputs(result)
+            result = self._eager(module, *inputs)
+            self._fill_outputs(result)
             return result
         for own, given in zip(self._inputs, inputs, strict=True):
             if own.data_ptr() != given.data_ptr():

@@ -118,7 +118,8 @@ struct GemmWarp {
             for (int half = 0; half < 2; ++half) {
               float& sum = sums[m][n][half * 2 + side];
               const float4& v = a[m][half];
-              sum = fmaf(v.w, b.w, fmaf(v.z, b.z, fmaf(v.y, b.y, fmaf(v.x, b.x, sum))));
+              // A chunk by itself: one long chain of sums would round more.
+              sum += fmaf(v.w, b.w, fmaf(v.z, b.z, fmaf(v.y, b.y, v.x * b.x)));
             }
         }
     }

@@ -82,6 +82,7 @@ def test_a_convolution_called_twice_keeps_its_weight():
     net = Tiny(
         lambda m, x: m.conv(m.norm(m.conv(x))), conv=nn.Conv2d(2, 2, 1), norm=nn.BatchNorm2d(2)
     )
+    nn.init.constant_(net.norm.weight, 0.5)
     gm, count = rewritten(fold_affines, net, whole(1, 2, 4, 4))
     assert count == 1
     first, second = (constant(n.kwargs["weight"]) for n in gm.graph.nodes if n.kwargs)
