@@ -135,7 +135,8 @@ def test_a_package_of_aotinductor(tmp_path):
     """On the CPU, its state in the package; dense ops are inductor's own kernels."""
     compiled, frames = compiled_net(0.3, 3)
     program = torch.export.export(compiled.frame_program(), (frames[0],))
-    path = torch._inductor.aoti_compile_and_package(program, package_path=tmp_path / "net.pt2")
+    path = str(tmp_path / "net.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
     package = torch._inductor.aoti_load_package(path)
     for frame in frames[1:]:
         got, expected = package(frame), compiled(frame)
