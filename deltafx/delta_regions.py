@@ -31,6 +31,7 @@ from deltafx.macs import MacCounter
 from deltafx.module import DeltaModule
 from deltafx.parts import Part, make_parts, rows_of, streams_of
 from deltafx.passes.emit_instance import NodeInfo
+from deltafx.passes.share_constants import ConstantPool
 from deltafx.passes.trace_model import check_eval
 from deltafx.stats import Explanation, Stats, join_explanations, join_stats
 from deltafx.thresholds import RegionThresholds, joined
@@ -107,6 +108,7 @@ class DeltaRegions(Compiled):
         self.model = model
         self.config = config
         self.thresholds = RegionThresholds(config, lambda: self.regions)
+        self._pool = ConstantPool()
         self._frame: _Frame | None = None
         self._last: _Frame | None = None
         self._rest: OrderedDict[Any, Counter[str]] = OrderedDict()
@@ -344,7 +346,8 @@ class DeltaRegions(Compiled):
         return region
 
     def _new_region(self, part: Part) -> DeltaModule:
-        return DeltaModule(part.module, dataclasses.replace(self.config, thresholds={}))
+        config = dataclasses.replace(self.config, thresholds={})
+        return DeltaModule(part.module, config, pool=self._pool)
 
 
 def _fits(part: Part, args: tuple[Any, ...], kwargs: dict[str, Any], frame: _Frame) -> bool:

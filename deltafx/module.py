@@ -35,6 +35,7 @@ from deltafx.frame_calls import FrameCalls, is_delta_only
 from deltafx.frame_program import FrameProgram
 from deltafx.passes.emit_instance import Instance, emit_instance
 from deltafx.passes.insert_casts import autocast_state, no_autocast
+from deltafx.passes.share_constants import ConstantPool
 from deltafx.passes.trace_model import TracedModel, trace_model
 from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, mask_name
 from deltafx.stats import Explanation, Stats, make_stats
@@ -83,7 +84,13 @@ class DeltaModule(Compiled, fx.GraphModule):
     thresholds: Thresholds
     _stand_in: Compiled | None
 
-    def __init__(self, model: nn.Module, config: Config, otherwise: Fallback | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        otherwise: Fallback | None = None,
+        pool: ConstantPool | None = None,
+    ) -> None:
         """Traces the model; the passes run at the first frame, or at `prepare`.
 
         Args:
@@ -92,6 +99,8 @@ class DeltaModule(Compiled, fx.GraphModule):
             otherwise: Compiles a model that turns out, at a frame, to be none that one graph can
                 stand for; what it returns then answers for this module. Without it that is an
                 `UntraceableError`.
+            pool: Shares packed weights with other modules; by default only this one's signatures
+                share theirs.
 
         Raises:
             InvalidInputError: `model` is no module.
@@ -106,6 +115,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         self.config = config
         self.thresholds = Thresholds(config, self._write_thresholds)
         self._otherwise = otherwise
+        self._pool = ConstantPool() if pool is None else pool
         self.__dict__["_stand_in"] = None  # no sub-module, as a plain assignment would make it
         self._traced: TracedModel = traced
         self._cache: OrderedDict[Signature, _Compiled] = OrderedDict()
@@ -232,7 +242,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         known = self._cache.get(_signature(bound))
         try:
             with _COMPILING, torch.no_grad():
-                made = known.instance if known else emit_instance(self._traced, self.config, bound)
+                made = known.instance if known else self._emit(bound)
         except UntraceableError:
             return self.prepare(*args, **kwargs).state_bytes()
         return made.plan.bytes()
@@ -344,10 +354,13 @@ class DeltaModule(Compiled, fx.GraphModule):
         self._activate(compiled)
         return compiled
 
+    def _emit(self, bound: tuple[Any, ...]) -> Instance:
+        return emit_instance(self._traced, self.config, bound, self._pool)
+
     def _compile(self, bound: tuple[Any, ...]) -> _Compiled:
         # Anew: parts of the model may have been replaced since, or the model put in train mode.
         self._traced = trace_model(self.model)
-        instance = emit_instance(self._traced, self.config, bound)
+        instance = self._emit(bound)
         if instance.plan.device.type == "cuda":
             check_capability(instance.plan.device)
         buffers = {**instance.constants, **allocate(instance.plan)}

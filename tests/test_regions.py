@@ -243,6 +243,32 @@ def test_weights_are_followed(change):
     sequence(model, compiled, frames)
 
 
+def test_the_calls_of_a_head_share_what_is_packed():
+    model, compiled = compiled_pyramid()
+    frames = clip(1, 3, 16, 20)
+    sequence(model, compiled, frames)
+    heads = [compiled.regions[name] for name in ("head", "head[1]", "head[2]")]
+    packed = [[t for n, t in h.named_buffers() if "weight" in n] for h in heads]
+    assert [len(p) for p in packed] == [2, 2, 2]
+    assert len({t.data_ptr() for p in packed for t in p}) == 2
+    with torch.no_grad():
+        model.head[0].weight.mul_(-1)
+    sequence(model, compiled, frames)
+
+
+def test_equal_weights_of_two_parts_stay_two():
+    model = Wrapped(lambda m, x: m.tail(m.body(x)), nn.Conv2d(3, 6, 1))
+    for conv in (model.body, model.tail):
+        nn.init.zeros_(conv.bias)
+    nn.init.zeros_(model.body.weight)
+    compiled = deltafx.compile(model, threshold=0)
+    frames = clip(1, 3, 9, 9)
+    for parameter in (None, model.body.bias, model.tail.bias, model.body.weight):
+        if parameter is not None:
+            nn.init.normal_(parameter)
+        exact_over(model, compiled, frames)
+
+
 def test_modes():
     model, compiled = compiled_pyramid()
     with torch.inference_mode():
