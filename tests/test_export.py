@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import deltafx
 from deltafx.errors import InvalidInputError, NotCompiledError, TrainModeError
+from deltafx.models_zoo import load
 from tests.branching_net import BranchingNet, clip
 from tests.exactness import exact_over
 
@@ -130,18 +132,36 @@ def test_a_compiled_model_is_exported(tmp_path, threshold, refresh_every):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet_v2", "lraspp_mobilenet_v3_large", "resnet18"])
+def test_models_are_exported(tmp_path, name):
+    """Frames that truncate, and frames that refresh everything, bit for bit."""
+    model = load(name, weights="random").module
+    compiled = deltafx.compile(model, threshold=0.1, refresh_every=3)
+    frames = [F.interpolate(frame, (96, 128)) for frame in moving(9)]
+    compiled(frames[0])
+    program = torch.export.export(compiled.frame_program(), (frames[0],))
+    torch.export.save(program, tmp_path / "net.pt2")
+    loaded = torch.export.load(tmp_path / "net.pt2").module()
+    for frame in frames[1:]:
+        got, expected = (torch.utils._pytree.tree_flatten(m(frame)) for m in (loaded, compiled))
+        assert got[1] == expected[1]
+        assert all(map(torch.equal, got[0], expected[0]))
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_package_of_aotinductor(tmp_path):
-    """On the CPU, its state in the package; dense ops are inductor's own kernels."""
+    """On the CPU; its state is in the package, and its dense ops are inductor's own kernels."""
     compiled, frames = compiled_net(0.3, 3)
     program = torch.export.export(compiled.frame_program(), (frames[0],))
     path = str(tmp_path / "net.pt2")
     torch._inductor.aoti_compile_and_package(program, package_path=path)
-    package = torch._inductor.aoti_load_package(path)
+    package, other = (torch._inductor.aoti_load_package(path) for _ in range(2))
     for frame in frames[1:]:
         got, expected = package(frame), compiled(frame)
         assert torch.equal(got["map"], expected["map"])
         torch.testing.assert_close(got["mean"], expected["mean"])
+        other(torch.randn_like(frame))  # a package that is loaded twice has two states
 
 
 def test_a_frame_program_is_a_copy():
