@@ -18,7 +18,7 @@ import dataclasses
 import inspect
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from operator import is_
 from typing import Any
@@ -26,6 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
 from deltafx.compiled import Compiled
 from deltafx.config import Config
@@ -49,7 +53,9 @@ class Backend:
     """What Dynamo calls for each graph.
 
     Dynamo asks whether the backend that it compiled with equals the one of the call at hand. It
-    never does, not even itself: two calls of `torch.compile` on one model share no state.
+    never does, not even itself: two calls of `torch.compile` on one model share no state. Both
+    count towards `torch._dynamo.config.recompile_limit` (8), as do recompilations for other shapes;
+    beyond it Dynamo warns and runs the model as it is. `deltafx.compile` knows no such limit.
     """
 
     __name__ = NAME
@@ -278,16 +284,24 @@ def _refuse_gradients(inputs: Iterable[Any]) -> None:
 
 
 def _written_inputs(body: fx.GraphModule, args: Sequence[Any]) -> list[int]:
-    """Which arguments a graph writes into, found by running it on fakes."""
+    """Which arguments a graph writes into, found by running it: on fakes, or else on copies."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.inference_mode(False), torch.no_grad(), mode:
-        fakes = [
-            mode.from_tensor(a.detach(), static_shapes=True).clone() if isinstance(a, Tensor) else a
-            for a in args
-        ]
-        before = [a._version if isinstance(a, Tensor) else 0 for a in fakes]
-        fx.Interpreter(body).run(*fakes)
-    return [i for i, a in enumerate(fakes) if isinstance(a, Tensor) and a._version != before[i]]
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            with mode:
+                return _written(body, args, lambda t: mode.from_tensor(t, static_shapes=True))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            with torch.random.fork_rng():
+                return _written(body, args, Tensor.detach)
+
+
+def _written(
+    body: fx.GraphModule, args: Sequence[Any], stand_in: Callable[[Tensor], Tensor]
+) -> list[int]:
+    given = [stand_in(a.detach()).clone() if isinstance(a, Tensor) else a for a in args]
+    before = [a._version if isinstance(a, Tensor) else 0 for a in given]
+    fx.Interpreter(body).run(*given)
+    return [i for i, a in enumerate(given) if isinstance(a, Tensor) and a._version != before[i]]
 
 
 def modules(compiled: Any) -> tuple[DeltaModule, ...]:

@@ -435,6 +435,35 @@ def test_a_users_error_stays_one():
         compiled_with(Broken().eval())(torch.randn(1, 3, 9, 9))
 
 
+class ReadsValues(nn.Module):
+    """Dynamo breaks the graph where it does, or with `fullgraph` takes it into the graph."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.first = nn.Conv2d(3, 5, 3, padding=1)
+        self.second = nn.Conv2d(5, 4, 3)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        number = y.amax().item() if self.how == "number" else (y > 0).nonzero().float().mean()
+        return self.second(y) * number
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["number", "sites"])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_what_depends_on_values(how, fullgraph):
+    model = ReadsValues(how).eval()
+    compiled = compiled_with(model, fullgraph=fullgraph)
+    with torch.no_grad():
+        exact_over(model, compiled, frames(1, 3, 9, 9))
+    for region in deltafx.modules(compiled):
+        assert region.explain().front_end == ("parts" if fullgraph else "dynamo")
+    assert deltafx.stats(compiled).dense_macs > 0
+    deltafx.reset(compiled)
+
+
 PROGRAM = """
 import sys, torch
 compiled = torch.compile(torch.nn.Conv2d(1, 1, 1).eval(), backend="deltafx")
