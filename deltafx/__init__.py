@@ -10,6 +10,7 @@ for frame in video:
 from deltafx import errors, ops
 from deltafx.api import compile  # noqa: A004
 from deltafx.backend import modules, register_backend, reset, stats
+from deltafx.compiled import Compiled
 from deltafx.config import Config
 from deltafx.delta_regions import DeltaRegions
 from deltafx.module import DeltaModule
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 register_backend()
 
 __all__ = [
+    "Compiled",
     "Config",
     "DeltaModule",
     "DeltaRegions",

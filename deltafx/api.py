@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
+from deltafx.compiled import Compiled
 from deltafx.config import Config
 from deltafx.delta_regions import DeltaRegions
-from deltafx.errors import InvalidInputError, UntraceableError
+from deltafx.errors import InvalidInputError
 from deltafx.module import DeltaModule
 from deltafx.passes.captured_graph import capture_exported
 from deltafx.passes.trace_model import check_eval, own_hooks
@@ -23,7 +24,7 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
     thresholds: Mapping[str, float] | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     **options: Any,
-) -> DeltaModule | DeltaRegions:
+) -> Compiled:
     """Compiles a CNN for video: call the result with the frames of a clip, one after another.
 
     Args:
@@ -45,7 +46,8 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
     Returns:
         A `DeltaModule`; call it as the model. The batch dimension holds independent streams. Of a
         model that no one graph can stand for, such as a detector, a `DeltaRegions`, whose largest
-        traceable parts are; it is called and asked in the same way.
+        traceable parts are; it is called and asked in the same way. Where that shows only at a
+        frame, the `DeltaModule` goes on as those parts by itself.
 
     Raises:
         InvalidOptionError: An option is unknown or out of its range.
@@ -62,12 +64,13 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
     if isinstance(model, ExportedProgram):
         model = capture_exported(model)
     check_eval(model)
+    compiled = _compiled(model, config)
+    return compiled if example_inputs is None else compiled.prepare(*example_inputs)
+
+
+def _compiled(model: nn.Module, config: Config) -> Compiled:
     if not own_hooks(model):
-        compiled = DeltaModule(model, config)
-        try:
-            if compiled.traced_whole:
-                return compiled if example_inputs is None else compiled.prepare(*example_inputs)
-        except UntraceableError:
-            pass
-    regions = DeltaRegions(model, config)
-    return regions if example_inputs is None else regions.prepare(*example_inputs)
+        whole = DeltaModule(model, config, otherwise=DeltaRegions)
+        if whole.traced_whole:
+            return whole
+    return DeltaRegions(model, config)

@@ -4,9 +4,12 @@ Enters: a graph that Dynamo captured, its parameters lifted to inputs. Leaves: a
 called with those inputs and keeps a `DeltaModule` for each model that runs through it. A graph
 break makes several regions. Dynamo owns them, and frees them at `torch.compiler.reset()`.
 
-Dynamo compiles once for all models of a class: another instance comes through the same graph with
-other weights. Weights are therefore told apart by identity. Tensors of which none is known are
-another model's, and get a state of their own; where some are known the others were replaced.
+Dynamo keeps what it compiled with the code of a class's `forward`, for all of its instances, and
+takes it for every call of `torch.compile` whose backend and options are equal. `Backend` is
+therefore equal to nothing: each call of `torch.compile` has graphs, and so states, of its own.
+Through one compiled function several models may still come, each with its weights. Those are told
+apart by identity: tensors of which none is known are another model's, and get a state of their own;
+where some are known the others were replaced.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import dataclasses
 import inspect
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from operator import is_
 from typing import Any
@@ -23,8 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
+from deltafx.compiled import Compiled
 from deltafx.config import Config
+from deltafx.delta_regions import DeltaRegions
 from deltafx.errors import InvalidInputError, NotCompiledError
 from deltafx.module import DeltaModule
 from deltafx.passes.captured_graph import CapturedGraph, own_path
@@ -40,41 +49,58 @@ _COUNTER = itertools.count()
 """Tells what came before what."""
 
 
-def backend(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    options: Mapping[str, Any] | None = None,
-    **others: Any,
-) -> Region:
+class Backend:
     """What Dynamo calls for each graph.
 
-    Args:
-        gm: The graph; static inputs (parameters, buffers) are marked in `meta["tensor_dict"]`.
-        example_inputs: Not looked at: the region compiles at its first frame.
-        options: Fields of `deltafx.Config`; `thresholds` of nodes that another region has are
-            ignored in this one.
-        **others: Nothing, such as a `mode`, is known beside `options`: taken for an unknown option.
-
-    Returns:
-        The region. It raises `InvalidOptionError` at its first frame if an option is unknown or out
-        of its range, for Dynamo would wrap what is raised here.
+    Dynamo asks whether the backend that it compiled with equals the one of the call at hand. It
+    never does, not even itself: two calls of `torch.compile` on one model share no state. Both
+    count towards `torch._dynamo.config.recompile_limit` (8), as do recompilations for other shapes;
+    beyond it Dynamo warns and runs the model as it is. `deltafx.compile` knows no such limit.
     """
-    region = Region(gm, {**(options or {}), **others})
-    _REGIONS[next(_COUNTER)] = region
-    return region
+
+    __name__ = NAME
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> Region:
+        """Makes the region of a graph.
+
+        Args:
+            gm: The graph; static inputs (parameters, buffers) are marked in `meta["tensor_dict"]`.
+            example_inputs: Not looked at: the region compiles at its first frame.
+            options: Fields of `deltafx.Config`; `thresholds` of nodes that another region has are
+                ignored in this one.
+            **others: Nothing, such as a `mode`, is known beside `options`: taken for an unknown
+                option.
+
+        Returns:
+            The region. It raises `InvalidOptionError` at its first frame if an option is unknown
+            or out of its range, for Dynamo would wrap what is raised here.
+        """
+        region = Region(gm, {**(options or {}), **others})
+        _REGIONS[next(_COUNTER)] = region
+        return region
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = object.__hash__
+
+    def reset(self) -> None:
+        """Frees all states; Dynamo calls it at `torch.compiler.reset()`.
+
+        Dynamo drops its regions then, but of a model with graph breaks it may keep one.
+        """
+        for region in list(_REGIONS.values()):
+            region.free()
 
 
-def _free() -> None:
-    """Frees all states; Dynamo calls it at `torch.compiler.reset()`.
-
-    Dynamo drops its regions then, but of a model with graph breaks it may keep one.
-    """
-    for region in list(_REGIONS.values()):
-        region.free()
-
-
-backend.reset = _free  # type: ignore[attr-defined]
+backend = Backend()
 
 
 def register_backend() -> None:
@@ -103,12 +129,14 @@ class Region:
 
     Attributes:
         frame: The piece of Python code it was captured from; a recompilation has the same.
+        call: What Dynamo knows the call of `torch.compile` by that it was captured for.
     """
 
     def __init__(self, gm: fx.GraphModule, options: Mapping[str, Any]) -> None:
         """Sorts the inputs; nothing is compiled yet."""
         compile_id = torch._guards.CompileContext.current_compile_id()
         self.frame = compile_id.frame_id if compile_id is not None else None
+        self.call = _current_call()
         self._gm = gm
         self._options = dict(options)
         self._inputs: list[int] = []
@@ -185,7 +213,7 @@ class Region:
         named = dict(config.thresholds)
         held = dict(zip(self._weights, weights, strict=True))
         graph = CapturedGraph("dynamo", self._body(held, self._written or ()))
-        module = DeltaModule(graph, dataclasses.replace(config, thresholds={}))
+        module = DeltaModule(graph, dataclasses.replace(config, thresholds={}), DeltaRegions)
         return _Entry(weights, graph, module, named)
 
     def _body(self, weights: Mapping[int, Tensor], written: Sequence[int]) -> fx.GraphModule:
@@ -256,42 +284,48 @@ def _refuse_gradients(inputs: Iterable[Any]) -> None:
 
 
 def _written_inputs(body: fx.GraphModule, args: Sequence[Any]) -> list[int]:
-    """Which arguments a graph writes into, found by running it on fakes."""
+    """Which arguments a graph writes into, found by running it: on fakes, or else on copies."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.inference_mode(False), torch.no_grad(), mode:
-        fakes = [
-            mode.from_tensor(a.detach(), static_shapes=True).clone() if isinstance(a, Tensor) else a
-            for a in args
-        ]
-        before = [a._version if isinstance(a, Tensor) else 0 for a in fakes]
-        fx.Interpreter(body).run(*fakes)
-    return [i for i, a in enumerate(fakes) if isinstance(a, Tensor) and a._version != before[i]]
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            with mode:
+                return _written(body, args, lambda t: mode.from_tensor(t, static_shapes=True))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            with torch.random.fork_rng():
+                return _written(body, args, Tensor.detach)
+
+
+def _written(
+    body: fx.GraphModule, args: Sequence[Any], stand_in: Callable[[Tensor], Tensor]
+) -> list[int]:
+    given = [stand_in(a.detach()).clone() if isinstance(a, Tensor) else a for a in args]
+    before = [a._version if isinstance(a, Tensor) else 0 for a in given]
+    fx.Interpreter(body).run(*given)
+    return [i for i, a in enumerate(given) if isinstance(a, Tensor) and a._version != before[i]]
 
 
 def modules(compiled: Any) -> tuple[DeltaModule, ...]:
-    """The delta regions of a compiled model, in the order in which they were made.
+    """The delta regions of a model that `torch.compile` compiled with this backend.
 
     Args:
-        compiled: What `torch.compile(..., backend="deltafx")` or `deltafx.compile` returned; of a
-            compiled function, the modules that it closes over or names are its weights' owners.
+        compiled: What `torch.compile` returned, a module compiled in place (`model.compile()`), or
+            one with such modules in it. What `deltafx.compile` returned is taken too.
 
     Returns:
         A `DeltaModule` a region, recompilations included, for its `explain()`, `thresholds` and all
-        else. A region without any weight cannot be told from another model's and is left out.
+        else.
 
     Raises:
         InvalidInputError: It is neither a module nor a function.
         NotCompiledError: No frame has run yet, or `torch.compiler.reset()` has freed everything.
     """
-    if isinstance(compiled, DeltaModule):
-        return (compiled,)
+    if isinstance(compiled, Compiled):
+        return tuple(compiled.regions.values())
     return tuple(entry.module for _, entry in _entries_of(compiled))
 
 
 def reset(compiled: Any) -> None:
     """Forgets what a compiled model saw; its next frame is computed in full.
-
-    Regions without any weight, of which it is not known whose they are, forget too.
 
     Args:
         compiled: As `modules` takes it.
@@ -300,12 +334,9 @@ def reset(compiled: Any) -> None:
         InvalidInputError: As `modules` does.
         NotCompiledError: Likewise.
     """
-    for module in modules(compiled):
+    found = (compiled,) if isinstance(compiled, Compiled) else modules(compiled)
+    for module in found:
         module.reset()
-    if not isinstance(compiled, DeltaModule):
-        for entry in (e for region in list(_REGIONS.values()) for e in region.entries):
-            if not entry.weights:
-                entry.module.reset()
 
 
 def stats(compiled: Any) -> Stats:
@@ -322,7 +353,7 @@ def stats(compiled: Any) -> Stats:
         InvalidInputError: As `modules` does.
         NotCompiledError: Likewise.
     """
-    if isinstance(compiled, DeltaModule):
+    if isinstance(compiled, Compiled):
         return compiled.stats()
     latest: dict[Any, _Entry] = {}
     for region, entry in _entries_of(compiled):
@@ -341,35 +372,49 @@ def stats(compiled: Any) -> Stats:
 
 
 def _entries_of(compiled: Any) -> list[tuple[Region, _Entry]]:
-    owned = {id(t) for m in _models(compiled) for t in (*m.parameters(), *m.buffers())}
+    calls = list(_calls(compiled))
     found = [
         (region, entry)
         for _, region in sorted(_REGIONS.items())
         for entry in region.entries
-        if any(id(t) in owned for t in entry.weights)
+        if any(region.call is call for call in calls)
     ]
     if not found:
         raise NotCompiledError(
-            "no delta region holds weights of this model: call it with a frame first (and see that "
-            'it was compiled with backend="deltafx")'
+            "no delta region is of this model: call it with a frame first (and see that it was "
+            'compiled with backend="deltafx")'
         )
     return found
 
 
-def _models(compiled: Any) -> list[nn.Module]:
-    """The modules behind a compiled one, or behind a compiled function."""
-    if isinstance(compiled, nn.Module):
-        return [compiled]
+def _current_call() -> Any:
+    """What Dynamo knows the call of `torch.compile` by that it captures a graph for."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return _innermost(InstructionTranslator.current_tx().output.compiler_fn)
+
+
+def _calls(compiled: Any) -> Iterator[Any]:
+    """The same of a compiled function, or of all that is compiled in a module."""
     if not callable(compiled):
         raise InvalidInputError(
             f"expected a compiled module or function, not {type(compiled).__name__}"
         )
-    function = getattr(compiled, "_torchdynamo_orig_callable", compiled)
-    owner = getattr(function, "__self__", None)
-    function = getattr(function, "__func__", function)
-    named = inspect.getclosurevars(function) if inspect.isfunction(function) else None
-    reached = [] if named is None else [*named.nonlocals.values(), *named.globals.values()]
-    return [m for m in [owner, *reached] if isinstance(m, nn.Module)]
+    functions = [compiled]
+    if isinstance(compiled, nn.Module):
+        inside = list(compiled.modules())
+        functions = [f for m in inside for f in (m._compiled_call_impl, m.forward)]
+    for function in functions:
+        function = getattr(function, "__func__", function)
+        if inspect.isfunction(function):
+            yield _innermost(inspect.getclosurevars(function).nonlocals.get("callback"))
+
+
+def _innermost(callback: Any) -> Any:
+    """What is within Dynamo's wrappers of a backend: an object that each `torch.compile` makes."""
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    return callback
 
 
 __all__ = ["Region", "backend", "modules", "register_backend", "reset", "stats"]

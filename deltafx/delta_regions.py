@@ -12,29 +12,26 @@ has a `DeltaModule`, with its own state, for each of the calls.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from typing_extensions import Self, override
 
-from deltafx.calibration import Moments
+from deltafx.compiled import Compiled, not_compiled
 from deltafx.config import Config
-from deltafx.errors import (
-    InvalidInputError,
-    NotCompiledError,
-    TrainModeError,
-    UnknownNodeError,
-    UntraceableError,
-)
+from deltafx.errors import InvalidInputError, UnknownNodeError, UntraceableError
+from deltafx.frame_program import FrameProgram
 from deltafx.macs import MacCounter
 from deltafx.module import DeltaModule
 from deltafx.parts import Part, make_parts, rows_of, streams_of
 from deltafx.passes.emit_instance import NodeInfo
+from deltafx.passes.share_constants import ConstantPool
 from deltafx.passes.trace_model import check_eval
 from deltafx.stats import Explanation, Stats, join_explanations, join_stats
 from deltafx.thresholds import RegionThresholds, joined
@@ -84,21 +81,23 @@ class _Frame:
             self.inside = False
 
 
-class DeltaRegions(nn.Module):
-    """A compiled model of several regions; made by `deltafx.compile`.
+class DeltaRegions(Compiled):
+    """A compiled model of several regions.
 
     Nodes are named after their region: `backbone.body_conv1`; in the second call of a module in a
     frame `head[1].conv`. What else the model offers (methods, attributes) is that of a copy
     of it that shares its tensors.
-
-    Attributes:
-        model: The user's model; its weights are shared, and followed when they change.
-        config: The options.
-        thresholds: Thresholds by node name; may be changed between frames.
     """
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    thresholds: RegionThresholds
+
+    def __init__(self, model: nn.Module, config: Config, reason: str = "") -> None:
         """Copies the modules; regions are compiled when they are first called, or at `prepare`.
+
+        Args:
+            model: In eval mode.
+            config: The options.
+            reason: Why no one graph stands for the model, where that is known already.
 
         Raises:
             InvalidInputError: `model` is no module.
@@ -109,11 +108,11 @@ class DeltaRegions(nn.Module):
         self.model = model
         self.config = config
         self.thresholds = RegionThresholds(config, lambda: self.regions)
-        shell, self._parts = make_parts(model, self._call)
-        self.__dict__["_shell"] = shell  # no sub-module: its tensors are those of `model`
+        self._pool = ConstantPool()
         self._frame: _Frame | None = None
         self._last: _Frame | None = None
         self._rest: OrderedDict[Any, Counter[str]] = OrderedDict()
+        self._take_apart(reason)
         super().train(False)
 
     def __getattr__(self, name: str) -> Any:
@@ -125,69 +124,26 @@ class DeltaRegions(nn.Module):
                 raise
             return getattr(self.__dict__["_shell"], name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DeltaRegions:
-        """Another compiled model, of a copy of the model, with nothing seen yet."""
-        made = DeltaRegions(copy.deepcopy(self.model, memo), self.config)
-        made.thresholds.copied(self.thresholds)
-        return made
-
     @property
+    @override
     def regions(self) -> dict[str, DeltaModule]:
-        """The regions by name; one with an empty name stands for the whole model."""
         return {
             name: region
             for part in self._parts.values()
             for name, region in zip(part.region_names(), part.regions, strict=True)
         }
 
+    @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Feeds one frame of every stream.
-
-        Args:
-            *args: As the model takes them.
-            **kwargs: Likewise.
-
-        Returns:
-            What the model returns, in tensors that later frames do not change.
-        """
         return self._run(args, kwargs, only_prepare=False)
 
-    def prepare(self, *args: Any, **kwargs: Any) -> DeltaRegions:
-        """Compiles for example arguments; they run through the model once, and no state sees them.
-
-        What the model itself raises on them comes through as it is.
-        """
+    @override
+    def prepare(self, *args: Any, **kwargs: Any) -> Self:
         self._run(args, kwargs, only_prepare=True)
         return self
 
-    def calibrate(self, frames: Iterable[Any]) -> None:
-        """Sets the channel scales from frames, instead of from the first one seen.
-
-        Args:
-            frames: Each an argument of the model, or a tuple of them. The state is reset after.
-        """
-        moments: dict[str, dict[str, Moments]] = {}
-        frame = None
-        for frame in frames:
-            self(*(frame if isinstance(frame, tuple) else (frame,)))
-            for name in self._require().visited:
-                self.regions[name].observe(moments.setdefault(name, {}))
-        if frame is None:
-            raise InvalidInputError("calibrate needs at least one frame")
-        for name, seen in moments.items():
-            self.regions[name].rescale(seen)
-        self.reset()
-
+    @override
     def reset(self, streams: int | Sequence[int] | None = None) -> None:
-        """Forgets what was seen; the next frame is computed in full.
-
-        Args:
-            streams: Indices of streams; all streams, of all signatures, by default. A region that
-                has several rows a stream forgets all of them.
-
-        Raises:
-            InvalidInputError: A stream does not exist.
-        """
         if streams is not None and self._last is None:
             return
         known = self._require().streams if streams is not None else 0
@@ -198,15 +154,15 @@ class DeltaRegions(nn.Module):
             for region in part.regions:
                 region.reset(chosen if streams is not None and part.per_stream == 1 else None)
 
+    @override
     def stats(self) -> Stats:
-        """What the last frame cost, the multiply-adds outside of the regions among it."""
         last = self._require()
         regions = self.regions
         rest = sum(self._outside().values())
         return join_stats({name: regions[name].stats() for name in last.visited}, rest)
 
+    @override
     def explain(self) -> Explanation:
-        """Every node of the regions, and every module that runs as it is: what it is, and why."""
         last = self._require()
         regions = self.regions
         if last.visited == [""]:
@@ -224,19 +180,14 @@ class DeltaRegions(nn.Module):
         explained = {name: regions[name].explain() for name in last.visited}
         return join_explanations(explained, outside, self._parts[""].reason)
 
+    @override
     def state_bytes(self, *args: Any, **kwargs: Any) -> int:
-        """Bytes of the state of all regions of the last frame.
-
-        Args:
-            *args: Example arguments to prepare for first.
-            **kwargs: Likewise.
-        """
         if args or kwargs:
             self.prepare(*args, **kwargs)
         return sum(self.regions[name].state_bytes() for name in self._require().visited)
 
+    @override
     def state_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the regions' states, by region and attribute name; no weights."""
         self._require()
         return {
             joined(region, name): tensor
@@ -244,18 +195,8 @@ class DeltaRegions(nn.Module):
             for name, tensor in module.state_tensors().items()
         }
 
+    @override
     def update_mask(self, node: str | None = None) -> Tensor:
-        """The update mask of a node in the last frame, as a copy.
-
-        Args:
-            node: Its name; the input node of the first region by default.
-
-        Returns:
-            Bool [N, H, W].
-
-        Raises:
-            UnknownNodeError: No delta node of that name.
-        """
         if node is not None:
             region, name = self._find(node)
             return region.update_mask(name)
@@ -264,31 +205,45 @@ class DeltaRegions(nn.Module):
             raise UnknownNodeError("no part of the model is a region; see explain()")
         return self.regions[visited[0]].update_mask()
 
+    @override
     def accumulator(self, node: str) -> Tensor:
-        """A copy of a node's accumulator, [N, C, H, W].
-
-        Raises:
-            UnknownNodeError: No delta node of that name.
-        """
         region, name = self._find(node)
         return region.accumulator(name)
 
-    def train(self, mode: bool = True) -> DeltaRegions:
-        """Only `train(False)`: a compiled model is for inference.
+    @override
+    def frame_program(self) -> FrameProgram:
+        if self._require().visited == [""]:
+            return self.regions[""].frame_program()
+        raise UntraceableError(
+            f"no one graph stands for the model ({self._parts[''].reason}); each of `regions` has "
+            "a frame_program() of its own"
+        )
 
-        Raises:
-            TrainModeError: `mode` is true.
-        """
-        if mode:
-            raise TrainModeError("a compiled model is for inference; train the model itself")
-        return super().train(False)
+    @override
+    def _like(self, model: nn.Module) -> DeltaRegions:
+        return DeltaRegions(model, self.config)
+
+    @override
+    def _visited(self) -> Sequence[str]:
+        return self._require().visited
+
+    def _take_apart(self, reason: str = "") -> None:
+        shell, self._parts = make_parts(self.model, self._call)
+        self.__dict__["_shell"] = shell  # no sub-module: its tensors are those of `model`
+        self._groups = [m._modules for m in self.model.modules() if m._modules]
+        self._children = self._held()
+        self._last = None
+        self._rest.clear()
+        if reason:
+            self._parts[""].settle("parts", reason)
+
+    def _held(self) -> list[nn.Module | None]:
+        """The modules of the model, for it to be seen where one was replaced."""
+        return [child for group in self._groups for child in group.values()]
 
     def _require(self) -> _Frame:
         if self._last is None:
-            raise NotCompiledError(
-                "nothing is compiled yet: call the model with a frame, or give compile() "
-                "example_inputs"
-            )
+            raise not_compiled()
         return self._last
 
     def _find(self, node: str) -> tuple[DeltaModule, str]:
@@ -304,6 +259,10 @@ class DeltaRegions(nn.Module):
 
     @torch.no_grad()
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], only_prepare: bool) -> Any:
+        held = self._held()
+        if len(held) != len(self._children) or not all(map(is_, held, self._children)):
+            check_eval(self.model)
+            self._take_apart()
         frame = _Frame(streams_of(args, kwargs), only_prepare)
         signature = tuple(
             (tuple(t.shape), t.dtype) if isinstance(t, Tensor) else None
@@ -387,7 +346,8 @@ class DeltaRegions(nn.Module):
         return region
 
     def _new_region(self, part: Part) -> DeltaModule:
-        return DeltaModule(part.module, dataclasses.replace(self.config, thresholds={}))
+        config = dataclasses.replace(self.config, thresholds={})
+        return DeltaModule(part.module, config, pool=self._pool)
 
 
 def _fits(part: Part, args: tuple[Any, ...], kwargs: dict[str, Any], frame: _Frame) -> bool:

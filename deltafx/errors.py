@@ -24,10 +24,9 @@ class TrainModeError(DeltafxError, RuntimeError):
 
 
 class UntraceableError(DeltafxError, RuntimeError):
-    """A model, or a part of it, that no graph can stand for; `deltafx.compile` then compiles parts.
+    """A model, or a part of it, that no graph can stand for; then its parts are compiled.
 
-    It reaches a user only of a model that looked whole until its first frame; with
-    `example_inputs` that is found out in time.
+    It reaches a user only where a graph of the whole model is asked for.
     """
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from operator import is_
 from types import SimpleNamespace
@@ -19,14 +19,15 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from typing_extensions import Self, override
 
 from deltafx import calibration
+from deltafx.compiled import Compiled, not_compiled
 from deltafx.config import Config
 from deltafx.cuda_graph import FrameGraph, check_capability
 from deltafx.errors import (
     InvalidInputError,
     NotCompiledError,
-    TrainModeError,
     UnknownNodeError,
     UntraceableError,
 )
@@ -34,12 +35,22 @@ from deltafx.frame_calls import FrameCalls, is_delta_only
 from deltafx.frame_program import FrameProgram
 from deltafx.passes.emit_instance import Instance, emit_instance
 from deltafx.passes.insert_casts import autocast_state, no_autocast
+from deltafx.passes.share_constants import ConstantPool
 from deltafx.passes.trace_model import TracedModel, trace_model
 from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, mask_name
 from deltafx.stats import Explanation, Stats, make_stats
 from deltafx.thresholds import Thresholds
 
 Signature = tuple[Any, ...]
+
+Fallback = Callable[[nn.Module, Config, str], Compiled]
+"""Compiles a model that no one graph can stand for; the text says why."""
+
+ANSWERS = (
+    "thresholds", "forward", "calibrate", "reset", "stats", "explain", "state_bytes",
+    "state_tensors", "update_mask", "accumulator", "frame_program", "_visited",
+)  # fmt: skip
+"""What a module that steps aside passes on; `prepare` and `regions` do so by themselves."""
 
 _COMPILING = threading.RLock()
 """fx and make_fx patch torch for the whole process while they trace: one at a time."""
@@ -63,20 +74,33 @@ class _Compiled:
     calibrated: bool = False
 
 
-class DeltaModule(fx.GraphModule):
-    """A compiled model; made by `deltafx.compile`.
+class DeltaModule(Compiled, fx.GraphModule):
+    """A compiled model that is one graph.
 
     Its non-persistent buffers are the accumulators, update masks, counters, thresholds and packed
     weights of the current input signature; `graph` and `code` show what a frame runs.
-
-    Attributes:
-        model: The user's model; its weights are shared, and followed when they change.
-        config: The options.
-        thresholds: Thresholds by node name; may be changed between frames.
     """
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    thresholds: Thresholds
+    _stand_in: Compiled | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        otherwise: Fallback | None = None,
+        pool: ConstantPool | None = None,
+    ) -> None:
         """Traces the model; the passes run at the first frame, or at `prepare`.
+
+        Args:
+            model: In eval mode.
+            config: The options.
+            otherwise: Compiles a model that turns out, at a frame, to be none that one graph can
+                stand for; what it returns then answers for this module. Without it that is an
+                `UntraceableError`.
+            pool: Shares packed weights with other modules; by default only this one's signatures
+                share theirs.
 
         Raises:
             InvalidInputError: `model` is no module.
@@ -90,18 +114,16 @@ class DeltaModule(fx.GraphModule):
         self.model = model
         self.config = config
         self.thresholds = Thresholds(config, self._write_thresholds)
+        self._otherwise = otherwise
+        self._pool = ConstantPool() if pool is None else pool
+        self.__dict__["_stand_in"] = None  # no sub-module, as a plain assignment would make it
         self._traced: TracedModel = traced
         self._cache: OrderedDict[Signature, _Compiled] = OrderedDict()
         self._current: _Compiled | None = None
         self._scales: dict[str, Tensor] = {}
         self._thresholds_hold = False
-        self._weight_groups: list[dict[str, Any]] = [
-            group
-            for m in model.modules()
-            for group in (m._parameters, m._buffers)
-            if group and isinstance(group, dict)  # TorchScript's are none
-        ]
-        self._held: list[Any] = [None, *_END]  # what the groups hold, to see replaced tensors
+        self._groups: list[dict[str, Any]] = []  # of weights and modules
+        self._held: list[Any] = [None, *_END]  # what the groups hold, to see what is replaced
         self._watch: Any = None  # over those that are tensors
         self._weights_seen: int | None = None
         super().train(False)
@@ -114,23 +136,18 @@ class DeltaModule(fx.GraphModule):
         del cls.forward
         return code
 
+    @property
+    @override
+    def regions(self) -> Mapping[str, DeltaModule]:
+        return {"": self} if self._stand_in is None else self._stand_in.regions
+
+    @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Feeds one frame of every stream.
-
-        Args:
-            *args: As the model takes them; frames are float [N, C, H, W], N independent streams.
-            **kwargs: Likewise.
-
-        Returns:
-            What the model returns, in tensors that later frames do not change.
-
-        Raises:
-            InvalidInputError: The arguments are not those of the model's `forward`. What the model
-                itself raises on them comes through as it is.
-            UntraceableError: The model runs on them, and no graph can stand for it.
-        """
         with torch.no_grad():
-            bound, compiled = self._bind(args, kwargs)
+            found = self._bind(args, kwargs)
+            if found is None:
+                return self(*args, **kwargs)
+            bound, compiled = found
             leaves = bound if _is_flat(bound) else pytree.tree_leaves(bound)
             tensors = [a for a in leaves if isinstance(a, Tensor)]
             self._calibrate_if_due(compiled)
@@ -150,10 +167,13 @@ class DeltaModule(fx.GraphModule):
         """Whether one graph stands for the model at all its inputs."""
         return self._traced.front_end != "python"
 
-    def prepare(self, *args: Any, **kwargs: Any) -> DeltaModule:
-        """Compiles for the signature of example arguments without running a frame."""
+    @override
+    def prepare(self, *args: Any, **kwargs: Any) -> Self:
         with torch.no_grad():
-            self._bind(args, kwargs)
+            if self._stand_in is None:
+                self._bind(args, kwargs)
+            if self._stand_in is not None:
+                self._stand_in.prepare(*args, **kwargs)
         return self
 
     def admit(self, *args: Any, **kwargs: Any) -> Instance:
@@ -165,21 +185,6 @@ class DeltaModule(fx.GraphModule):
         """
         with torch.no_grad():
             return self._prepare(self._traced.bind(args, kwargs)).instance
-
-    def calibrate(self, frames: Iterable[Any]) -> None:
-        """Sets the channel scales from frames, instead of from the first one seen.
-
-        Args:
-            frames: Each an argument of the model, or a tuple of them. The state is reset after.
-        """
-        moments: dict[str, calibration.Moments] = {}
-        frame = None
-        for frame in frames:
-            self(*(frame if isinstance(frame, tuple) else (frame,)))
-            self.observe(moments)
-        if frame is None:
-            raise InvalidInputError("calibrate needs at least one frame")
-        self.rescale(moments)
 
     def observe(self, moments: dict[str, calibration.Moments]) -> None:
         """Adds the maps of the last frame to the moments of the nodes."""
@@ -194,15 +199,8 @@ class DeltaModule(fx.GraphModule):
             entry.calibrated = True
         self.reset()
 
+    @override
     def reset(self, streams: int | Sequence[int] | None = None) -> None:
-        """Forgets what was seen; the next frame is computed in full.
-
-        Args:
-            streams: Indices into the batch dimension; all streams, of all signatures, by default.
-
-        Raises:
-            InvalidInputError: A stream does not exist.
-        """
         if streams is None:
             for compiled in self._cache.values():
                 compiled.age = 0
@@ -216,16 +214,16 @@ class DeltaModule(fx.GraphModule):
                 raise InvalidInputError(f"streams {chosen}: there are {slot.shape[0]} streams")
             self._current.buffers[acc_name(slot.name)][chosen] = float("nan")
 
+    @override
     def stats(self) -> Stats:
-        """What the last frame cost: density, FLOP fraction and bytes, per node and in all."""
         compiled = self._require()
         counts = compiled.buffers[COUNTS].tolist() if compiled.frames else None
         run = compiled.run
         branch = run.branch() if isinstance(run, FrameGraph) else "delta"
         return make_stats(compiled.instance, counts, branch)
 
+    @override
     def explain(self) -> Explanation:
-        """Every node: delta, view or dense, and why."""
         compiled = self._require()
         run = compiled.run
         frames = "one operator after another"
@@ -236,40 +234,27 @@ class DeltaModule(fx.GraphModule):
             self._traced.reason, frames,
         )  # fmt: skip
 
+    @override
     def state_bytes(self, *args: Any, **kwargs: Any) -> int:
-        """Bytes of the state, accumulators and all, from the plan.
-
-        Args:
-            *args: Example arguments; with none, the current signature is meant. Nothing is
-                allocated for them.
-            **kwargs: Likewise.
-        """
         if not args and not kwargs:
             return self._require().instance.plan.bytes()
-        with _COMPILING, torch.no_grad():
-            bound = self._traced.bind(args, kwargs)
-            known = self._cache.get(_signature(bound))
-            instance = known.instance if known else emit_instance(self._traced, self.config, bound)
-        return instance.plan.bytes()
+        bound = self._traced.bind(args, kwargs)
+        known = self._cache.get(_signature(bound))
+        try:
+            with _COMPILING, torch.no_grad():
+                made = known.instance if known else self._emit(bound)
+        except UntraceableError:
+            return self.prepare(*args, **kwargs).state_bytes()
+        return made.plan.bytes()
 
+    @override
     def state_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the current state by attribute name; those of the plan, no weights."""
         compiled = self._require()
         constants = compiled.instance.constants
         return {name: t for name, t in compiled.buffers.items() if name not in constants}
 
+    @override
     def update_mask(self, node: str | None = None) -> Tensor:
-        """The update mask of a node in the last frame, as a copy.
-
-        Args:
-            node: Its name; the (first) input node by default.
-
-        Returns:
-            Bool [N, H, W]. Nodes that write into one concatenated buffer share a mask.
-
-        Raises:
-            UnknownNodeError: No delta node of that name.
-        """
         plan = self._require().instance.plan
         name = node if node is not None else next(iter(plan.nodes), None)
         if name not in plan.places:
@@ -277,12 +262,8 @@ class DeltaModule(fx.GraphModule):
         buffers = self._require().buffers
         return buffers[mask_name(plan.places[name].slot)].clone()
 
+    @override
     def accumulator(self, node: str) -> Tensor:
-        """A copy of a node's accumulator, [N, C, H, W].
-
-        Raises:
-            UnknownNodeError: No delta node of that name.
-        """
         compiled = self._require()
         place = compiled.instance.plan.places.get(node)
         if place is None:
@@ -290,14 +271,8 @@ class DeltaModule(fx.GraphModule):
         whole = compiled.buffers[acc_name(place.slot)]
         return whole[:, place.start : place.start + place.channels].clone()
 
+    @override
     def frame_program(self) -> FrameProgram:
-        """The current signature as a plain module, which `torch.export.export` takes.
-
-        It has its own copy of the state and goes on from the frame that was seen last.
-
-        Raises:
-            NotCompiledError: No frame was seen, from which the scales of the thresholds come.
-        """
         compiled = self._require()
         if self.thresholds.any_positive() and not compiled.calibrated:
             raise NotCompiledError(
@@ -308,25 +283,27 @@ class DeltaModule(fx.GraphModule):
             compiled.age,
         )  # fmt: skip
 
-    def train(self, mode: bool = True) -> DeltaModule:
-        """Only `train(False)`: a compiled model is for inference.
+    @override
+    def _like(self, model: nn.Module) -> DeltaModule:
+        return DeltaModule(model, self.config, self._otherwise)
 
-        Raises:
-            TrainModeError: `mode` is true.
-        """
-        if mode:
-            raise TrainModeError("a compiled model is for inference; train the model itself")
-        return super().train(False)
+    @override
+    def _visited(self) -> Sequence[str]:
+        return [""]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> DeltaModule:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # Moving or converting the model: the state is a cache, so it is dropped, not moved.
         self._forget()
         return super()._apply(fn, recurse)
 
     def _bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], _Compiled]:
-        """The arguments in order, and what is compiled for them."""
+    ) -> tuple[tuple[Any, ...], _Compiled] | None:
+        """The arguments in order, and what is compiled for them.
+
+        Nothing, where no graph can stand for the model: then another compiled model answers for
+        this one from now on.
+        """
         bound = self._traced.bind(args, kwargs)
         try:
             return bound, self._prepare(bound)
@@ -335,14 +312,22 @@ class DeltaModule(fx.GraphModule):
         # Whatever is wrong with the model or its arguments shows here, with its own traceback.
         own = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         self.model(*own[0], **own[1])
-        raise failure
+        if self._otherwise is None:
+            raise failure
+        self._step_aside(self._otherwise(self.model, self.config, str(failure)))
+        return None
+
+    def _step_aside(self, stand_in: Compiled) -> None:
+        """Lets another compiled model answer whatever this one is asked."""
+        stand_in.thresholds.copied(self.thresholds)
+        self._forget()
+        self.__dict__["_stand_in"] = stand_in
+        for name in ANSWERS:
+            self.__dict__[name] = getattr(stand_in, name)
 
     def _require(self) -> _Compiled:
         if self._current is None:
-            raise NotCompiledError(
-                "nothing is compiled yet: call the model with a frame, or give compile() "
-                "example_inputs"
-            )
+            raise not_compiled()
         return self._current
 
     def _forget(self) -> None:
@@ -369,10 +354,13 @@ class DeltaModule(fx.GraphModule):
         self._activate(compiled)
         return compiled
 
+    def _emit(self, bound: tuple[Any, ...]) -> Instance:
+        return emit_instance(self._traced, self.config, bound, self._pool)
+
     def _compile(self, bound: tuple[Any, ...]) -> _Compiled:
-        # Anew: tensors of the model may have been replaced since, or the model put in train mode.
+        # Anew: parts of the model may have been replaced since, or the model put in train mode.
         self._traced = trace_model(self.model)
-        instance = emit_instance(self._traced, self.config, bound)
+        instance = self._emit(bound)
         if instance.plan.device.type == "cuda":
             check_capability(instance.plan.device)
         buffers = {**instance.constants, **allocate(instance.plan)}
@@ -449,17 +437,25 @@ class DeltaModule(fx.GraphModule):
             self._scales = found
 
     def _follow_weights(self) -> None:
-        """Drops everything that was made of weights which have changed since."""
-        held = chain.from_iterable(map(dict.values, self._weight_groups))
-        if not all(map(is_, chain(held, _END), self._held)):
-            self._held = [*chain.from_iterable(map(dict.values, self._weight_groups)), *_END]
+        """Drops everything if weights have changed since, or modules were replaced."""
+        held = chain.from_iterable(map(dict.values, self._groups))
+        replaced = not all(map(is_, chain(held, _END), self._held))
+        if replaced:
+            self._groups = _groups(self.model)
+            self._held = [*chain.from_iterable(map(dict.values, self._groups)), *_END]
             weights = [t for t in self._held if isinstance(t, Tensor)]
             self._watch = torch.classes.deltafx.WeightWatch(weights)
         seen = self._watch.fingerprint()
-        if seen != self._weights_seen:
+        if replaced or seen != self._weights_seen:
             if self._weights_seen is not None:
                 self._forget()
             self._weights_seen = seen
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The dictionaries that hold the weights and the modules of a model."""
+    groups = (g for m in model.modules() for g in (m._parameters, m._buffers, m._modules))
+    return [group for group in groups if group and isinstance(group, dict)]  # TorchScript's: none
 
 
 _END = (object(),)

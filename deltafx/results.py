@@ -1,7 +1,8 @@
 """What a model returns, taken apart into its tensors, and put together again of later ones.
 
 Torch's own pytrees know lists, tuples, named tuples and dictionaries of every kind; a dataclass is
-taken apart here, field by field. Anything else that may hold a tensor cannot be rebuilt.
+taken apart here, field by field, and a `torch.Size` (of which they make a tuple) as one. Anything
+else that may hold a tensor cannot be rebuilt.
 """
 
 from __future__ import annotations
@@ -47,6 +48,18 @@ pytree.register_pytree_node(
 )
 
 
+@dataclasses.dataclass
+class _Size:
+    """A `torch.Size`: a pytree that is put together as one."""
+
+    numbers: torch.Size
+
+
+pytree.register_pytree_node(
+    _Size, lambda size: (list(size.numbers), None), lambda numbers, _: torch.Size(numbers)
+)
+
+
 def flatten_result(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """The leaves of a result, and the tree that `pytree.tree_unflatten` rebuilds it by.
 
@@ -67,6 +80,8 @@ def _open(value: Any) -> Any:
         for name in fields:
             object.__setattr__(blank, name, None)
         return _Record(blank, fields)
+    if isinstance(value, torch.Size):
+        return _Size(value)
     if _unknown(value):
         return value
     leaves, spec = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)

@@ -80,6 +80,11 @@ class Thresholds(MutableMapping[str, float]):
                 raise self._unknown(name)
         return [self[name] for name in self._names]
 
+    def copied(self, other: Thresholds | RegionThresholds) -> None:
+        """Takes over what was set in another one."""
+        self._given, self._default = dict(other._given), other._default
+        self._changed()
+
     def any_positive(self) -> bool:
         """Whether any node truncates at all."""
         return any(self[name] > 0 for name in self._names)
@@ -190,6 +195,6 @@ class RegionThresholds(MutableMapping[str, float]):
         for name in self._given:
             self.find(name)
 
-    def copied(self, other: RegionThresholds) -> None:
+    def copied(self, other: Thresholds | RegionThresholds) -> None:
         """Takes over what was set in another one."""
         self._given, self._default = dict(other._given), other._default

@@ -24,6 +24,7 @@ from deltafx.passes.context import Context
 from deltafx.passes.insert_casts import no_autocast
 from deltafx.passes.lower_ops import lower_ops
 from deltafx.passes.normalize_graph import normalize_graph
+from deltafx.passes.share_constants import ConstantPool, share_constants
 from deltafx.passes.trace_model import TracedModel
 from deltafx.state import StatePlan
 from deltafx.verify import verify
@@ -86,11 +87,22 @@ class Instance:
     everywhere: fx.Graph | None = None
 
 
-def emit_instance(traced: TracedModel, config: Config, args: Sequence[Any]) -> Instance:
-    """Runs every stage for the given example arguments."""
+def emit_instance(
+    traced: TracedModel, config: Config, args: Sequence[Any], pool: ConstantPool
+) -> Instance:
+    """Runs every stage for the given example arguments.
+
+    Args:
+        traced: The model.
+        config: The options.
+        args: As `normalize_graph` takes them.
+        pool: Constants of other instances, to be shared with them.
+    """
     gm = normalize_graph(traced, args)
     with no_autocast():  # the graph says all of it by now
-        return _emit(gm, config)
+        made = _emit(gm, config)
+    weights = (*traced.root.parameters(), *traced.root.buffers())
+    return dataclasses.replace(made, constants=share_constants(made.constants, weights, pool))
 
 
 def _emit(gm: fx.GraphModule, config: Config) -> Instance:

@@ -224,7 +224,7 @@ def _plain(out: Any) -> Any:
         return items if type(out) is immutable_dict else type(out)(items)
     if isinstance(out, tuple) and hasattr(out, "_fields"):
         return type(out)(*map(_plain, out))
-    if isinstance(out, (list, tuple)):
+    if isinstance(out, (list, tuple)) and not isinstance(out, torch.Size):
         return (list if isinstance(out, list) else tuple)(map(_plain, out))
     return out
 

@@ -113,7 +113,7 @@ class Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """An argument as fx takes it; an ordered dictionary stays one."""
         if type(a) is collections.OrderedDict:
-            items = [(key, super(Tracer, self).create_arg(item)) for key, item in a.items()]
+            items = [(key, self.create_arg(item)) for key, item in a.items()]
             return self.create_node("call_function", collections.OrderedDict, (items,), {})
         if isinstance(a, dict) and type(a) is not dict:
             raise fx.proxy.TraceError(f"fx would make a dictionary of a {type(a).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import subprocess
 import sys
@@ -184,7 +185,7 @@ def test_a_replaced_parameter_keeps_its_region():
 
 
 def test_two_models_of_a_class_share_nothing():
-    """Dynamo runs both through one graph."""
+    """Dynamo keeps compiled code with the class."""
     one, two = Net().eval(), Net().eval()
     compiled = [compiled_with(one), compiled_with(two)]
     oracles = [Oracle(one), Oracle(two)]
@@ -206,15 +207,67 @@ def test_two_models_of_a_class_share_nothing():
     assert [deltafx.stats(c).flop_fraction for c in compiled] == [1, 0]
 
 
-def test_only_so_many_models_are_kept():
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("how", ["module", "function", "in place"])
+def test_two_calls_on_one_model_have_a_state_each(how, breaks):
+    """One of them watches one street, the other another."""
+    model = Net(breaks).eval()
+    options = {**EXACT, "input_block": 1}
+    if how == "in place":
+        twin = copy.copy(model)  # the same tensors
+        for m in (model, twin):
+            m.compile(backend="deltafx", options=options)
+        compiled = [model, twin]
+    else:
+        compiled = [
+            compiled_with(model if how == "module" else lambda x: model(x), options)
+            for _ in range(2)
+        ]
+    frame, other = torch.randn(2, 1, 3, 9, 9)
+    with torch.no_grad():
+        for _ in range(2):
+            for c, x in zip(compiled, (frame, other), strict=True):
+                torch.testing.assert_close(c(x), Net.forward(model, x))
+    assert [deltafx.stats(c).flop_fraction for c in compiled] == [0, 0]
+    assert set(deltafx.modules(compiled[0])).isdisjoint(deltafx.modules(compiled[1]))
+    deltafx.reset(compiled[0])
+    with torch.no_grad():
+        compiled[0](frame), compiled[1](other)
+    assert [deltafx.stats(c).flop_fraction for c in compiled] == [1, 0]
+
+
+def test_several_models_through_one_function():
+    """It is one call of `torch.compile`: the models share graphs, and no state."""
+    compiled = compiled_with(lambda m, x: m(x), {**EXACT, "max_states": 2})
     models = [Net().eval() for _ in range(3)]
     frame = torch.randn(1, 3, 9, 9)
-    compiled = [compiled_with(m, {**EXACT, "max_states": 2}) for m in models]
-    for c in compiled:
-        c(frame)
-    with pytest.raises(NotCompiledError):
-        deltafx.modules(compiled[0])
-    assert deltafx.modules(compiled[2])
+    with torch.no_grad():
+        for m in (*models, models[2]):
+            torch.testing.assert_close(compiled(m, frame), m(frame))
+    assert len(deltafx.modules(compiled)) == 2, "only so many are kept"
+    assert deltafx.stats(compiled).flop_fraction == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_more_calls_than_dynamo_compiles_for():
+    """Those run as if they were not compiled; torch warns of it and names the limit."""
+    model, frame = Net().eval(), torch.randn(1, 3, 9, 9)
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        compiled = [compiled_with(model) for _ in range(3)]
+        for c in compiled:
+            torch.testing.assert_close(c(frame), model(frame))
+        assert all(deltafx.modules(c) for c in compiled[:2])
+        with pytest.raises(NotCompiledError):
+            deltafx.modules(compiled[2])
+
+
+def test_a_compiled_module_within_another():
+    model = nn.Sequential(compiled_with(Net().eval()), nn.ReLU())
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.ones(1, 3, 9, 9))
+    assert deltafx.stats(model).flop_fraction == 0
+    assert deltafx.modules(model) == deltafx.modules(model[0])
 
 
 @pytest.mark.parametrize("kwargs", [{"options": {"treshold": 0}}, {"mode": "max-autotune"}])
@@ -380,6 +433,35 @@ def test_a_users_error_stays_one():
 
     with pytest.raises(LookupError, match="of the user"):
         compiled_with(Broken().eval())(torch.randn(1, 3, 9, 9))
+
+
+class ReadsValues(nn.Module):
+    """Dynamo breaks the graph where it does, or with `fullgraph` takes it into the graph."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.first = nn.Conv2d(3, 5, 3, padding=1)
+        self.second = nn.Conv2d(5, 4, 3)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        number = y.amax().item() if self.how == "number" else (y > 0).nonzero().float().mean()
+        return self.second(y) * number
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["number", "sites"])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_what_depends_on_values(how, fullgraph):
+    model = ReadsValues(how).eval()
+    compiled = compiled_with(model, fullgraph=fullgraph)
+    with torch.no_grad():
+        exact_over(model, compiled, frames(1, 3, 9, 9))
+    for region in deltafx.modules(compiled):
+        assert region.explain().front_end == ("parts" if fullgraph else "dynamo")
+    assert deltafx.stats(compiled).dense_macs > 0
+    deltafx.reset(compiled)
 
 
 PROGRAM = """

@@ -15,6 +15,7 @@ from deltafx.errors import (
     NotCompiledError,
     TrainModeError,
     UnknownNodeError,
+    UntraceableError,
 )
 from tests.branching_net import BranchingNet
 from tests.exactness import exact_over
@@ -242,6 +243,32 @@ def test_weights_are_followed(change):
     sequence(model, compiled, frames)
 
 
+def test_the_calls_of_a_head_share_what_is_packed():
+    model, compiled = compiled_pyramid()
+    frames = clip(1, 3, 16, 20)
+    sequence(model, compiled, frames)
+    heads = [compiled.regions[name] for name in ("head", "head[1]", "head[2]")]
+    packed = [[t for n, t in h.named_buffers() if "weight" in n] for h in heads]
+    assert [len(p) for p in packed] == [2, 2, 2]
+    assert len({t.data_ptr() for p in packed for t in p}) == 2
+    with torch.no_grad():
+        model.head[0].weight.mul_(-1)
+    sequence(model, compiled, frames)
+
+
+def test_equal_weights_of_two_parts_stay_two():
+    model = Wrapped(lambda m, x: m.tail(m.body(x)), nn.Conv2d(3, 6, 1))
+    for conv in (model.body, model.tail):
+        nn.init.zeros_(conv.bias)
+    nn.init.zeros_(model.body.weight)
+    compiled = deltafx.compile(model, threshold=0)
+    frames = clip(1, 3, 9, 9)
+    for parameter in (None, model.body.bias, model.tail.bias, model.body.weight):
+        if parameter is not None:
+            nn.init.normal_(parameter)
+        exact_over(model, compiled, frames)
+
+
 def test_modes():
     model, compiled = compiled_pyramid()
     with torch.inference_mode():
@@ -424,6 +451,106 @@ def test_hooks_are_called():
             assert torch.allclose(ours[0], expected[0], atol=1e-5)
     assert len(outer) == 2 * len(frames)
     assert list(compiled.regions) == [""]
+
+
+class ReadsValues(nn.Module):
+    """What fx takes down, and no graph for given shapes can do: a value becomes a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Body()
+        self.tail = nn.Conv2d(6, 4, 3, padding=1)
+        self.eval()
+
+    def forward(self, x):
+        y = self.body(x)
+        return self.tail(y) / (1 + y.amax().item())
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_turns_out_to_be_no_graph(ahead):
+    """At its first frame, or at the example: the parts go on, and answer what is asked."""
+    model = ReadsValues()
+    frames = clip(2, 3, 12, 14)
+    example = {"example_inputs": (frames[0],)} if ahead else {}
+    compiled = deltafx.compile(model, threshold=0, **example)
+    told = compiled.state_bytes(frames[0])
+    exact_over(model, compiled, [*frames, frames[-1]])
+    explained = compiled.explain()
+    assert explained.front_end == "parts"
+    assert "item" in explained.note or "_local_scalar_dense" in explained.note
+    assert explained.delta_share == 1
+    assert list(compiled.regions) == ["body", "tail"]
+    assert told == compiled.state_bytes() == compiled.stats().state_bytes > 0
+    assert compiled.stats().flop_fraction == 0
+    assert not compiled.update_mask("body.conv").any()
+    assert compiled.accumulator("body.conv").shape == (2, 6, 12, 14)
+    assert set(compiled.state_dict()) == {f"model.{name}" for name in model.state_dict()}
+    compiled.reset([1])
+    compiled(frames[-1])
+    assert compiled.update_mask().any((1, 2)).tolist() == [False, True]
+    with pytest.raises(UntraceableError, match=r"each of `regions` has a frame_program\(\)"):
+        compiled.frame_program()
+    assert compiled.regions["body"].frame_program()
+    with pytest.raises(RuntimeError, match="expected input"):
+        compiled(torch.randn(1, 4, 8, 8))
+    exact_over(model, compiled, clip(1, 3, 9, 9))
+
+
+def test_thresholds_go_along_to_the_parts():
+    compiled = deltafx.compile(ReadsValues(), threshold=0.1, thresholds={"body.conv": 3.0})
+    compiled.thresholds["tail.conv2d"] = 2.0
+    frames = clip(1, 3, 12, 14)
+    compiled(frames[0])
+    assert compiled.thresholds["body.conv"] == 3.0
+    assert compiled.thresholds["tail.conv2d"] == 2.0
+    compiled.thresholds.set_all(9.0)
+    compiled(frames[0] + 0.01)
+    assert compiled.update_mask("tail.conv2d").sum() == 0
+    compiled.calibrate(frames)
+    assert compiled.stats().nodes
+    other = copy.deepcopy(compiled)
+    assert not torch.equal(other(frames[1]), torch.zeros(()))
+    assert set(other.thresholds.values()) == {9.0}
+
+
+def test_a_frame_that_the_model_refuses_makes_no_parts():
+    compiled = deltafx.compile(Body().eval(), threshold=0)
+    with pytest.raises(RuntimeError, match="expected input"):
+        compiled(torch.randn(1, 4, 8, 8))
+    exact_over(compiled.model, compiled, clip(1, 3, 8, 8))
+    assert compiled.explain().front_end == "fx"
+
+
+class Head(nn.Module):
+    def __init__(self, out):
+        super().__init__()
+        self.conv = nn.Conv2d(6, out, 1)
+
+    def forward(self, x):
+        return self.conv(x).tanh()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_modules_may_be_replaced(whole):
+    model = nn.Sequential(Body(), Head(2), nn.ReLU()).eval()
+    outer = model if whole else Wrapped(lambda m, x: m.body(x), model)
+    compiled = deltafx.compile(outer, threshold=0)
+    frames = clip(1, 3, 9, 9)
+    exact_over(outer, compiled, frames)
+    model[1] = Head(5).eval()
+    exact_over(outer, compiled, frames)
+    model[2] = nn.Sigmoid().eval()  # no weight tells of it
+    exact_over(outer, compiled, frames)
+    with torch.no_grad():
+        model[1].conv.weight.mul_(2)
+    exact_over(outer, compiled, frames)
+    model.append(nn.Conv2d(5, 1, 3))
+    model.eval()
+    exact_over(outer, compiled, frames)
+    model[1] = Head(5).train()
+    with pytest.raises(TrainModeError, match=r"model\.eval"):
+        compiled(frames[0])
 
 
 def test_cut_outs_stay_dense():

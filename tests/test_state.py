@@ -1,5 +1,6 @@
 """The state: a cache, bounded, predicted, and never in the way of a right answer."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -45,6 +46,20 @@ def test_a_static_frame_costs_the_comparison_only():
     stats = compiled.stats()
     assert stats.flop_fraction == 0
     assert all(n.candidates == 0 for name, n in stats.nodes.items() if name != "input_0_encoded")
+
+
+def test_a_copy_has_its_own_state():
+    compiled = deltafx.compile(BranchingNet(), threshold=0)
+    frames = clip(1, 3, 12, 12)
+    exact_over(compiled.model, compiled, frames)
+    compiled.thresholds["a"] = 0.5
+    other = copy.deepcopy(compiled)
+    assert other.thresholds["a"] == 0.5
+    del other.thresholds["a"], compiled.thresholds["a"]
+    with torch.no_grad():
+        other.model.a.weight.mul_(2)
+    exact_over(other.model, other, frames)
+    exact_over(compiled.model, compiled, frames)
 
 
 @pytest.mark.parametrize("threshold", [0, 0.2])

@@ -7,6 +7,7 @@ import deltafx
 from deltafx.errors import InvalidInputError, TrainModeError
 from tests.branching_net import BranchingNet, clip
 from tests.exactness import exact_over
+from tests.small_net import Net
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -43,6 +44,37 @@ def test_weights_are_followed(change, mode):
     change(model)
     with mode():
         exact_over(model, compiled, clip(1, 3, 9, 9))
+
+
+def packed(compiled):
+    """The packed weights of all input signatures, by name."""
+    return [
+        (name, tensor)
+        for entry in compiled._cache.values()
+        for name, tensor in entry.instance.constants.items()
+        if "weight" in name
+    ]
+
+
+def test_what_is_packed_is_packed_once():
+    """For all input signatures, and all calls of a module."""
+    model = BranchingNet()
+    compiled = deltafx.compile(model, threshold=0)
+    for size in (8, 9, 11):
+        exact_over(model, compiled, clip(1, 3, size, size))
+    found = packed(compiled)
+    assert len(found) == 3 * 3
+    assert len({t.data_ptr() for _, t in found}) == 3
+    change_in_place(model)
+    for size in (8, 9, 11):
+        exact_over(model, compiled, clip(1, 3, size, size))
+    shared = Net(lambda m, x: m.b(m.b(m.b(m.a(x)).tanh()).tanh()))
+    compiled = deltafx.compile(shared, threshold=0)
+    exact_over(shared, compiled, clip(1, 3, 8, 8))
+    assert sorted({name for name, _ in packed(compiled)}) == [
+        "const_a_weight", "const_b_1_weight", "const_b_2_weight", "const_b_weight"
+    ]  # fmt: skip
+    assert len({t.data_ptr() for _, t in packed(compiled)}) == 2
 
 
 def test_training_in_between():
