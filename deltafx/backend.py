@@ -406,7 +406,7 @@ def _calls(compiled: Any) -> Iterator[Any]:
         functions = [f for m in inside for f in (m._compiled_call_impl, m.forward)]
     for function in functions:
         function = getattr(function, "__func__", function)
-        if inspect.isfunction(function):
+        if hasattr(function, "_torchdynamo_orig_callable"):  # Dynamo's own, around another one
             yield _innermost(inspect.getclosurevars(function).nonlocals.get("callback"))
 
 
