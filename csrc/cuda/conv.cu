@@ -79,7 +79,7 @@ bool lists_itself(const GemmParams& p, const ConvGeometry& g) {
   return p.out.acc.ld == p.out.acc.c && p.out.mask.in_words &&
          can_list_itself(p.out.acc, p.x_mask, p.residual_mask,
                          ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis}.is_pointwise()) &&
-         (takes_depthwise(p, g) || (p.x.c > 4 && on_hopper(p, g) && !conv_hopper_is_large(p)));
+         (takes_depthwise(p, g) || (p.x.c > 4 && on_hopper(p, g) && !conv_hopper_is_tall(p)));
 }
 
 cudaError_t run_phase(const GemmParams& p, const ConvLaunch& launch, cudaStream_t stream) {

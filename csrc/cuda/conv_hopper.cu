@@ -1,5 +1,7 @@
 #include "cuda/conv_hopper.h"
 
+#include <algorithm>
+
 #include "cuda/launch.h"
 
 namespace deltafx::cuda {
@@ -17,6 +19,15 @@ bool gathers(const GemmParams& p) {
   return is_aligned(p.x);
 }
 
+// Tiles of 128 sites by 64 channels, if 15 % of the sites are candidates: more than is usual for a
+// frame of which a twentieth changed, so that there is room for all of them at a time.
+int expected_tiles(const GemmParams& p) {
+  const int64_t all = (p.out.acc.sites() + 127) / 128 * ((p.out.acc.c + 63) / 64);
+  return static_cast<int>(all * 15 / 100);
+}
+
+int steps_of(const GemmParams& p) { return p.packed_depth / 64; }
+
 }  // namespace
 
 bool conv_hopper_takes(const GemmParams& p) {
@@ -28,13 +39,23 @@ bool conv_hopper_takes(const GemmParams& p) {
 #endif
 }
 
-bool conv_hopper_is_large(const GemmParams& p) {
-  // Large tiles halve what is read for a product. They pay in deep convolutions, of many channels
-  // or of large maps.
-  const int64_t tiles = p.out.acc.sites() / 128 * (p.out.acc.c / 128);
-  const int64_t work = tiles * p.packed_depth / current_device().multiprocessors;
-  return p.out.acc.c % 128 == 0 && p.x.c > 4 && p.packed_depth >= 1024 &&
-         work >= (p.out.acc.c >= 512 ? 3072 : 12288);
+bool conv_hopper_is_tall(const GemmParams& p) {
+  const int taps = std::max(p.y.phase.taps, p.x_axis.phase.taps);
+  // A step of 64 channels is of one tap.
+  if (p.x.c <= 4 || (taps > 1 && p.x.c % 64 != 0)) return false;
+  // As timed on an H100: the deeper the sum, the fewer tiles are enough.
+  const int least = steps_of(p) > 8 ? 24 : steps_of(p) == 8 ? 200 : 350;
+  return expected_tiles(p) >= least;
+}
+
+int conv_hopper_parts(const GemmParams& p) {
+  constexpr int kMost = 8, kLeastSteps = 4;  // of a part
+  const int slots = 2 * current_device().multiprocessors;
+  int parts = 1;
+  while (parts < kMost && 2 * parts * expected_tiles(p) <= slots &&
+         steps_of(p) >= 2 * parts * kLeastSteps)
+    parts *= 2;
+  return parts;
 }
 
 }  // namespace deltafx::cuda

@@ -47,15 +47,26 @@ struct SiteUnit {
   // Starts reading what the sums will be compared with and added to.
   __device__ __forceinline__ void fetch(const GemmParams& p, int own_site, int c) {
     site = own_site;
-    const auto* acc = static_cast<const T*>(p.out.acc.data) + site * p.out.acc.ld + c;
-    const auto* more = static_cast<const T*>(p.residual.data) + site * p.residual.ld + c;
+    const auto* acc = at(p.out.acc, c);
+    const auto* more = at(p.residual, c);
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
       if (site < 0 || c + 32 * q >= static_cast<int>(p.out.acc.c)) continue;
-      if (p.out.truncation.policy != Policy::none)
-        old[q] = *reinterpret_cast<const uint4*>(acc + 32 * q);
-      if (p.residual.data != nullptr) residual[q] = *reinterpret_cast<const uint4*>(more + 32 * q);
+      if (p.out.truncation.policy != Policy::none) old[q] = read_once(acc + 32 * q);
+      if (p.residual.data != nullptr) residual[q] = read_once(more + 32 * q);
     }
+  }
+
+  // Asks L2 for what a fetch will read of a whole group.
+  static __device__ __forceinline__ void prefetch(const GemmParams& p, int site, int c) {
+    if (site < 0) return;
+    const auto ask = [&](const FeatureMap& map) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(
+          static_cast<const T*>(map.data) + static_cast<int64_t>(site) * static_cast<int>(map.ld) +
+          c));
+    };
+    if (p.out.truncation.policy != Policy::none) ask(p.out.acc);
+    if (p.residual.data != nullptr) ask(p.residual);
   }
 
   // Bias, residual, activation, update rule. Called by whole warps; true if the group was written.
@@ -118,7 +129,7 @@ struct SiteUnit {
       changed = any_in_group<4>(beyond);
     }
     if (!changed || site < 0 || group >= channels) return false;
-    auto* acc = static_cast<T*>(p.out.acc.data) + site * p.out.acc.ld + c;
+    T* acc = at(p.out.acc, c);
 #pragma unroll
     for (int q = 0; q < 2; ++q)
       if (c + 32 * q < channels) *reinterpret_cast<uint4*>(acc + 32 * q) = packed[q];
@@ -126,6 +137,17 @@ struct SiteUnit {
   }
 
  private:
+  __device__ __forceinline__ T* at(const FeatureMap& map, int c) const {
+    return static_cast<T*>(map.data) + static_cast<int64_t>(site) * static_cast<int>(map.ld) + c;
+  }
+  // 16 bytes that nobody else on this multiprocessor will read, past L1.
+  static __device__ __forceinline__ uint4 read_once(const T* from) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+  }
   static __device__ void unpack(const uint4& from, float (&v)[kVector]) {
     const uint32_t words[4] = {from.x, from.y, from.z, from.w};
 #pragma unroll

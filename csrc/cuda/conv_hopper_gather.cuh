@@ -5,10 +5,9 @@
 
 namespace deltafx::cuda {
 
-// A row of a tile, as GemmRow, in few instructions: all numbers but the address have 32 bits.
-template <class T>
+// A row of a tile, as GemmRow, in few instructions: all numbers have 32 bits.
 struct HopperRow {
-  const T* from;
+  int from;  // in elements from the input's own beginning
   uint32_t taps;
   int site;
 
@@ -17,8 +16,7 @@ struct HopperRow {
     const int h = static_cast<int>(p.x.h), w = static_cast<int>(p.x.w);
     const Position at = position_of(max(site, 0), p.h, p.w);
     int y = p.y.base(at.y), x = p.x_axis.base(at.x);
-    from = static_cast<const T*>(p.x.data) +
-           static_cast<int64_t>((at.n * h + y) * w + x) * static_cast<int>(p.x.ld);
+    from = ((at.n * h + y) * w + x) * static_cast<int>(p.x.ld);
     if (site < 0) return;
     const int most = max(p.y.phase.taps, p.x_axis.phase.taps);
 #pragma unroll 1
@@ -37,7 +35,7 @@ class HopperGather {
   static constexpr int kCopyRows = Traits::kThreads / 8, kOwnRows = Traits::kRows / kCopyRows;
 
  public:
-  __device__ HopperGather(const GemmParams& p, const HopperRow<T>* rows, int first_step) : p_(p) {
+  __device__ HopperGather(const GemmParams& p, const HopperRow* rows, int first_step) : p_(p) {
     const int chunk = static_cast<int>(threadIdx.x) % 8, row = static_cast<int>(threadIdx.x) / 8;
     to_ = row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes);
     const int channels = packed_channels(static_cast<int>(p.x.c));
@@ -52,7 +50,7 @@ class HopperGather {
     begin_tap();
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
-      from_[i] = rows[row + i * kCopyRows].from;
+      from_[i] = static_cast<const T*>(p.x.data) + rows[row + i * kCopyRows].from;
       taps_[i] = rows[row + i * kCopyRows].taps;
     }
   }

@@ -1,37 +1,34 @@
 // Convolution in half precision on Hopper GPUs, as an implicit matrix product over the candidates.
 //
-// A tile is 64 sites by 64 output channels, each of two warp groups with half of the channels, or
-// 128 by 128, each with half of the sites. The sites' windows are gathered by cp.async; the
-// weights, which are packed as they will lie in shared memory, come by bulk copies. The weights'
-// rows are ordered such that a thread ends up with the sums of 16 channels of a site, and four
-// neighbouring threads with a truncation group. The depth of a tile may be split among the blocks
-// of a cluster. A small map's candidates are found by each block for itself, without a list in
-// global memory. Code is kept short: a kernel that runs for a few microseconds pays for every
-// instruction it has to fetch.
+// For few candidates: a tile is 64 sites by 64 output channels, each of two warp groups with half
+// of the channels. The sites' windows are gathered by cp.async; the weights, which are packed
+// as they will lie in shared memory, come by bulk copies. The weights' rows are ordered such that a
+// thread ends up with the sums of 16 channels of a site, and four neighbouring threads with a
+// truncation group. The depth of a tile may be split among the blocks of a cluster. A small map's
+// candidates are found by each block for itself, without a list in global memory. Code is kept
+// short: a kernel that runs for a few microseconds pays for every instruction it has to fetch.
+// conv_hopper_tall.cuh has the kernel for many candidates.
 #pragma once
 
 #include "cuda/conv_hopper.h"
 #include "cuda/conv_hopper_finish.cuh"
 #include "cuda/conv_hopper_gather.cuh"
+#include "cuda/conv_hopper_tall.cuh"
 #include "cuda/conv_query.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/own_list.cuh"
 
 namespace deltafx::cuda {
 
-template <class Element, bool kLargeTile, bool kImageInput>
+template <class Element, bool kImageInput>
 struct HopperTraits {
   using T = Element;
-  static constexpr bool kLarge = kLargeTile;
-  static constexpr bool kImage = kImageInput;                  // up to four channels, four apart
-  static constexpr bool kLists = !kLargeTile && !kImageInput;  // may find the candidates itself
-  static constexpr int kGroups = kLargeTile ? 2 : 1;           // of 64 sites, and of 64 channels
-  static constexpr int kRows = 64 * kGroups, kColumns = 64 * kGroups, kThreads = 256;
-  static constexpr int kStages = kLargeTile ? 3 : 4;
+  static constexpr bool kImage = kImageInput;   // up to four channels, four apart
+  static constexpr bool kLists = !kImageInput;  // may find the candidates itself
+  static constexpr int kRows = 64, kColumns = 64, kThreads = 256, kStages = 4;
   static constexpr int kBlocksPerMultiprocessor = 2;
   static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
   static constexpr int kSums = kRows * kColumns / kThreads;  // of a thread
-  static constexpr int kUnits = kSums / 16;                  // of a thread, see SiteUnit
   static constexpr int kBlockBytes = kWeightRows * kRowBytes;
   static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
   static constexpr int kSharedBytes = 1024 + kStages * kStageBytes;
@@ -45,10 +42,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   using namespace hopper;
   using T = typename Traits::T;
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
-  constexpr int kStages = Traits::kStages, kUnits = Traits::kUnits;
+  constexpr int kStages = Traits::kStages;
   extern __shared__ char dynamic[];
+  __shared__ int active;                      // sites that the block was the first to write
   __shared__ uint64_t barriers[kStages + 1];  // of the stages; of the sums from other blocks
-  __shared__ HopperRow<T> rows[kRows];
+  __shared__ HopperRow rows[kRows];
   __shared__ __align__(16) ColumnConstants<kColumns> constants;
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
@@ -61,8 +59,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       static_cast<const char*>(p.weight) +
       static_cast<int64_t>(first_column / kWeightRows) * steps * Traits::kBlockBytes;
   if (tid == 0) {
+    active = 0;
     for (uint64_t& barrier : barriers) init_barrier(shared_address(&barrier));
-    const int all = steps * Traits::kGroups * Traits::kBlockBytes;  // each block asks for a share
+    const int all = steps * Traits::kBlockBytes;  // each block asks for a share
     const int share = (all / blocks + 15) / 16 * 16, bytes = min(share, all - block * share);
     if (bytes > 0) prefetch_bulk(weight + block * share, bytes);
   }
@@ -91,18 +90,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 
   const int clusters = blocks >> part_bits, rank = block & (parts - 1);
   const int tiles = (size + kRows - 1) / kRows;
-  // Large tiles are always split. Small ones are where the time, in steps of the slowest block, is
-  // shorter; 6 stands for the exchange.
+  // Tiles are split where the time, in steps of the slowest block, is shorter; 6 stands for the
+  // exchange.
   const auto rounds = [&](int workers) {
     return ceilf(__fdividef(static_cast<float>(tiles), static_cast<float>(workers)));
   };
-  const bool split = parts > 1 && (Traits::kLarge ||
-                                   rounds(clusters) * static_cast<float>((steps >> part_bits) + 6) <
-                                       rounds(blocks) * static_cast<float>(steps));
+  const bool split = parts > 1 && rounds(clusters) * static_cast<float>((steps >> part_bits) + 6) <
+                                      rounds(blocks) * static_cast<float>(steps);
   const int first_step = split ? steps * rank >> part_bits : 0;
   const int last_step = split ? steps * (rank + 1) >> part_bits : steps;
   const int c = first_column + lane % 4 * kVector;
-  const int unit_bits = 31 - __clz(kUnits * kThreads) - (split ? part_bits : 0);
+  const int unit_bits = 31 - __clz(kThreads) - (split ? part_bits : 0);
   const int own_units = 1 << unit_bits;
   const int first_unit = split ? rank * own_units : 0;
   int stage = 0, exchanges = 0;
@@ -121,7 +119,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       const int site = i >= size      ? -1
                        : lists_itself ? static_cast<int>(own_list[i])
                                       : site_in(entry);
-      rows[tid] = HopperRow<T>(p, site);
+      rows[tid] = HopperRow(p, site);
     }
     __syncthreads();
 
@@ -134,11 +132,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
         if (tid == 0) {
           const uint32_t barrier = shared_address(barriers + to);
           expect_bytes(barrier, kColumns * kRowBytes);
-#pragma unroll
-          for (int g = 0; g < Traits::kGroups; ++g)
-            copy_bulk(at + kRows * kRowBytes + g * Traits::kBlockBytes,
-                      weight + (g * steps + next) * Traits::kBlockBytes, Traits::kBlockBytes,
-                      barrier);
+          copy_bulk(at + kRows * kRowBytes, weight + next * Traits::kBlockBytes,
+                    Traits::kBlockBytes, barrier);
         }
         gather.load(at);
       }
@@ -151,35 +146,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       to = to + 1 == kStages ? 0 : to + 1;
     }
 
-    // Unit u of a tile: 16 channels of a row. Its sums are 16 of those of thread u % 256 of a large
-    // tile, and 8 each of the threads u % 128 of both warp groups of a small one.
-    const auto row_of = [&](int u) {
-      const int warps = Traits::kLarge ? u % 256 / 32 : u % 128 / 32;
-      const int half = Traits::kLarge ? u / 256 % 2 : u / 128;
-      return warps * 16 + lane / 4 + half * 8;
-    };
-    const auto column_of = [&](int u) { return Traits::kLarge ? u / 512 * 64 : 0; };
-    constexpr int kAtOnce = Traits::kLarge ? 2 : 1;  // units that are read ahead
-    SiteUnit<T> units[kAtOnce];
-    const auto fetch = [&](int first) {
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int i = first + tid + k * kThreads, u = first_unit + i;
-        if (i < own_units) units[k].fetch(p, rows[row_of(u)].site, c + column_of(u));
-      }
-    };
-    if constexpr (!Traits::kLarge) fetch(0);
+    // Unit u of a tile: 16 channels of a row, 8 each of the threads u % 128 of both warp groups.
+    const auto row_of = [&](int u) { return u % 128 / 32 * 16 + lane / 4 + u / 128 * 8; };
+    SiteUnit<T> unit;
+    const int own_row = row_of(first_unit + tid);
+    if (tid < own_units) unit.fetch(p, rows[own_row].site, c);
 
-    float sums[Traits::kSums], total[Traits::kLarge ? 1 : Traits::kSums];
-    if constexpr (!Traits::kLarge) {
+    float sums[Traits::kSums], total[Traits::kSums];
 #pragma unroll
-      for (float& v : total) v = 0.f;
-    }
+    for (float& v : total) v = 0.f;
     int part = 1, part_end = split ? last_step : steps >> part_bits;
     bool fresh = true;
     const uint32_t matrices = matrix_low(stages);
-    const uint32_t own_rows = Traits::kLarge ? tid / 128 * 64 * kRowBytes / 16 : 0;
-    const uint32_t own_columns = (kRows + (Traits::kLarge ? 0 : tid / 128 * 32)) * kRowBytes / 16;
+    const uint32_t own_columns = (kRows + tid / 128 * 32) * kRowBytes / 16;
 #pragma unroll 1
     for (int step = first_step; step < last_step; ++step) {
       wait_for_copies<kStages - 2>();
@@ -187,19 +166,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       wait_for_products(sums);
       wait_for_barrier(shared_address(barriers + stage), parity);
       __syncthreads();
-      if constexpr (!Traits::kLarge) {
-        if (step == part_end) {
+      if (step == part_end) {
 #pragma unroll
-          for (int i = 0; i < Traits::kSums; ++i) total[i] += sums[i];
-          part_end = steps * ++part >> part_bits;
-          fresh = true;
-        }
+        for (int i = 0; i < Traits::kSums; ++i) total[i] += sums[i];
+        part_end = steps * ++part >> part_bits;
+        fresh = true;
       }
       const uint32_t at = matrices + stage * (Traits::kStageBytes / 16);
       begin_products();
 #pragma unroll
       for (int k = 0; k < 4; ++k)  // 32 bytes of depth each
-        multiply<T>(sums, matrix_at(at + own_rows + 2 * k), matrix_at(at + own_columns + 2 * k),
+        multiply<T>(sums, matrix_at(at + 2 * k), matrix_at(at + own_columns + 2 * k),
                     !(fresh && k == 0));
       commit_products();
       fresh = false;
@@ -218,17 +195,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       meet_in_cluster();  // all stages are free
     }
 #pragma unroll
-    for (int k = 0; k < 4 * kUnits; ++k) {
-      // In a large tile, four of unit k / 4; in a small one, of both row halves of this group's 8.
-      const int i = Traits::kLarge ? k / 8 * 32 + k % 4 * 8 + k / 4 % 2 * 2 : k % 2 * 8 + k / 2 * 2;
-      const int u = Traits::kLarge ? k / 4 * kThreads + tid : k / 2 * 128 + tid % 128;
-      const int four = Traits::kLarge ? k % 4 : tid / 128 * 2 + k % 2;
-      const auto value = [&](int j) {
-        if constexpr (Traits::kLarge)
-          return sums[j];
-        else
-          return total[j] + sums[j];
-      };
+    for (int k = 0; k < 4; ++k) {  // four sums each, of both row halves of this group's 8 channels
+      const int i = k % 2 * 8 + k / 2 * 2, u = k / 2 * 128 + tid % 128,
+                four = tid / 128 * 2 + k % 2;
+      const auto value = [&](int j) { return total[j] + sums[j]; };
       const float4 v = make_float4(value(i), value(i + 1), value(i + 4), value(i + 5));
       if (split) {
         const int to = u >> unit_bits,
@@ -238,47 +208,37 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
         results[(four << unit_bits) + u] = v;
       }
     }
-    if constexpr (Traits::kLarge) fetch(0);
     if (split) {
       wait_for_barrier(received, exchanges & 1);
       ++exchanges;
     } else {
       __syncthreads();
     }
+    if (tid >= own_units) continue;
+    float y[2 * kVector] = {};
 #pragma unroll 1
-    for (int first = 0; first < own_units; first += kAtOnce * kThreads) {
-      if (first > 0) fetch(first);
+    for (int from = 0; from < (split ? parts : 1); ++from) {
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int i = first + tid + k * kThreads, u = first_unit + i, column = column_of(u);
-        if (i >= own_units) break;
-        float y[2 * kVector] = {};
-#pragma unroll 1
-        for (int from = 0; from < (split ? parts : 1); ++from) {
-#pragma unroll
-          for (int four = 0; four < 4; ++four) {
-            const float4 v = results[((from * 4 + four) << unit_bits) + i];
-            y[4 * four] += v.x, y[4 * four + 1] += v.y;
-            y[4 * four + 2] += v.z, y[4 * four + 3] += v.w;
-          }
-        }
-        const int local = column + lane % 4 * kVector;
-        const bool written = units[k].finish(p, act, threshold, c + column, constants.bias + local,
-                                             constants.scale + local, y);
-        if (written && lane % 4 == 0)
-          marks.set(p, units[k].site, first_entry + first_row + row_of(u));
+      for (int four = 0; four < 4; ++four) {
+        const float4 v = results[((from * 4 + four) << unit_bits) + tid];
+        y[4 * four] += v.x, y[4 * four + 1] += v.y;
+        y[4 * four + 2] += v.z, y[4 * four + 3] += v.w;
       }
     }
+    const int local = lane % 4 * kVector;
+    const bool written =
+        unit.finish(p, act, threshold, c, constants.bias + local, constants.scale + local, y);
+    if (written && lane % 4 == 0) marks.set(p, unit.site, first_entry + first_row + own_row);
   }
   const int found = __reduce_add_sync(kAllLanes, marks.count());
-  if (lane == 0 && found > 0) add_to(p.out.counts + 1, found);
+  if (lane == 0 && found > 0) atomicAdd(&active, found);
+  __syncthreads();
+  if (tid == 0 && active > 0) add_to(p.out.counts + 1, active);
 #endif
 }
 
 template <class Traits>
-cudaError_t launch_hopper(GemmParams p, cudaStream_t stream) {
-  const int steps = p.packed_depth / Traits::kDepth;
-  if (Traits::kLarge) p.cluster = steps >= 48 ? 4 : steps >= 16 ? 2 : 1;
+cudaError_t launch_hopper(const GemmParams& p, cudaStream_t stream) {
   const int64_t row_tiles = (p.out.acc.sites() + Traits::kRows - 1) / Traits::kRows;
   const auto columns = static_cast<int>((p.out.acc.c + Traits::kColumns - 1) / Traits::kColumns);
   const int shared_bytes = Traits::kSharedBytes + (p.lists_itself ? kOwnListBytes : 0);
@@ -291,9 +251,9 @@ cudaError_t launch_hopper(GemmParams p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_conv_hopper(const GemmParams& p, cudaStream_t stream) {
-  if (p.x.c <= 4) return launch_hopper<HopperTraits<T, false, true>>(p, stream);
-  if (conv_hopper_is_large(p)) return launch_hopper<HopperTraits<T, true, false>>(p, stream);
-  return launch_hopper<HopperTraits<T, false, false>>(p, stream);
+  if (p.x.c <= 4) return launch_hopper<HopperTraits<T, true>>(p, stream);
+  if (conv_hopper_is_tall(p)) return launch_conv_hopper_tall<T>(p, stream);
+  return launch_hopper<HopperTraits<T, false>>(p, stream);
 }
 
 }  // namespace deltafx::cuda

@@ -74,9 +74,13 @@ struct ConvQuery {
     const int span = (kFlags - 1) * x_axis.stride + (taps - 1) * step;
     // All tap rows into one, 24 bytes wide, and that tap by tap to the left; or tap by tap.
     const bool wide = step < 8 && span < 24;
+    const bool in_words = wide && (x.w | reinterpret_cast<uintptr_t>(x.data)) % 8 == 0;
     uint64_t bytes = 0, a = 0, b = 0, c = 0;
+    if (residual.data != nullptr)
+      bytes = eight_bytes<kSlack>(residual, at.n * static_cast<int>(residual.h) + at.y, at.x);
+    if (in_words) or_rows(at, left, span, a, b, c);
 #pragma unroll 1
-    for (int jy = 0; jy < y_axis.phase.taps; ++jy) {
+    for (int jy = 0; jy < (in_words ? 0 : y_axis.phase.taps); ++jy) {
       const int iy = y_axis.base(at.y) + jy * y_axis.phase.step;
       if (iy < 0 || iy >= x.h) continue;
       const int row = at.n * static_cast<int>(x.h) + iy;
@@ -104,12 +108,46 @@ struct ConvQuery {
         c >>= bits;
       }
     }
-    if (residual.data != nullptr)
-      bytes |= eight_bytes<kSlack>(residual, at.n * static_cast<int>(residual.h) + at.y, at.x);
     return bits_of(bytes) & ((1u << count) - 1);
   }
 
  private:
+  // Bytes `left` to left + span of the tap rows, in one: a, b, c. A row of the mask is whole words,
+  // so those of all rows are read before any is looked at.
+  __device__ __forceinline__ void or_rows(const Position& at, int left, int span, uint64_t& a,
+                                          uint64_t& b, uint64_t& c) const {
+    constexpr int kRowsAtOnce = 4, kWords = 4;
+    const int h = static_cast<int>(x.h), w = static_cast<int>(x.w) / 8;
+    const int first = left >> 3, shift = (left & 7) * 8, last = (left + span) >> 3;
+    const int top = y_axis.base(at.y);
+    const auto* stream = reinterpret_cast<const uint64_t*>(x.data) + at.n * h * w;
+    uint64_t words[kWords] = {};
+#pragma unroll 1
+    for (int begin = 0; begin < y_axis.phase.taps; begin += kRowsAtOnce) {
+      uint64_t v[kRowsAtOnce][kWords];
+#pragma unroll
+      for (int j = 0; j < kRowsAtOnce; ++j) {
+        const int y = top + (begin + j) * y_axis.phase.step;
+        const bool inside = begin + j < y_axis.phase.taps && y >= 0 && y < h;
+#pragma unroll
+        for (int k = 0; k < kWords; ++k) {
+          const int word = first + k;
+          v[j][k] = 0;
+          if (inside && word >= 0 && word < w && word <= last) v[j][k] = stream[y * w + word];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kRowsAtOnce; ++j) {
+#pragma unroll
+        for (int k = 0; k < kWords; ++k) words[k] |= v[j][k];
+      }
+    }
+    const auto shifted = [&](uint64_t low, uint64_t high) {
+      return shift != 0 ? low >> shift | high << (64 - shift) : low;
+    };
+    a = shifted(words[0], words[1]), b = shifted(words[1], words[2]),
+    c = shifted(words[2], words[3]);
+  }
   static __device__ uint64_t even_bytes(uint64_t low, uint64_t high) {
     const uint32_t a =
         __byte_perm(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), 0x6420);

@@ -1,5 +1,7 @@
 // encode: a dense tensor (the frame, or a dense op's result) against its accumulator. Every site is
 // a candidate, so there is no list.
+#include <type_traits>
+
 #include "cuda/ops.h"
 #include "cuda/sites.cuh"
 
@@ -194,6 +196,117 @@ __global__ void __launch_bounds__(kThreads) square_kernel(EncodeParams p, int ro
   count_sites(p.out, found);
 }
 
+// The same for images in half precision whose rows are whole vectors, and squares of 8 or 16 sites
+// a side: a thread reads eight sites of a row at once, and a warp has a square, or four side by
+// side.
+constexpr int kImageChannels = 3, kImagePitch = 4, kSites = 8;
+
+template <class T>
+struct EightSites {
+  union Frame {
+    uint4 words[kImageChannels];
+    T elements[kSites][kImageChannels];
+    __device__ Frame() {}
+  } frame;
+  union Old {
+    uint4 words[kImagePitch / 2];
+    T elements[kSites / 2][kImagePitch];
+    uint2 sites[kSites / 2];
+    __device__ Old() {}
+  } old[2];  // of four sites each
+
+  __device__ bool differs(int site) const {
+    bool found = false;
+#pragma unroll
+    for (int k = 0; k < kImageChannels; ++k)
+      found |=
+          !(to_float(frame.elements[site][k]) == to_float(old[site / 4].elements[site % 4][k]));
+    return found;
+  }
+  __device__ void take(int site) {
+#pragma unroll
+    for (int k = 0; k < kImageChannels; ++k)
+      old[site / 4].elements[site % 4][k] = frame.elements[site][k];
+  }
+};
+
+// rows: of squares in an image; columns: of warps in such a row.
+template <class T, int kSquare>
+__global__ void __launch_bounds__(kThreads)
+    image_kernel(EncodeParams p, Divisor rows, Divisor columns) {
+  constexpr int kAcross = 32 / kSquare, kEdge = kSquare / kSites;  // threads in a row; of a square
+  wait_for_inputs();
+  const FeatureMap& acc = p.out.acc;
+  const int h = static_cast<int>(acc.h), w = static_cast<int>(acc.w), lane = threadIdx.x % 32;
+  const int index = static_cast<int>((blockIdx.x * kThreads + threadIdx.x) / 32);
+  const int row_of_squares = columns.divide(index), n = rows.divide(row_of_squares);
+  const int y0 = (row_of_squares - n * rows.value) * kSquare, y = y0 + lane / kAcross;
+  const int x = ((index - row_of_squares * columns.value) * kAcross + lane % kAcross) * kSites;
+  const bool inside = n < acc.n && y < h && x < w;
+  const float t = *p.out.truncation.threshold;
+  const int64_t first = (static_cast<int64_t>(n) * h + y) * w + x;
+  auto* row = reinterpret_cast<uint4*>(static_cast<T*>(acc.data) + first * kImagePitch);
+  EightSites<T> own;
+  float total = 0.f;
+  if (inside) {
+    const auto* frame = reinterpret_cast<const uint4*>(frame_at<T>(p, {n, y, x}));
+#pragma unroll
+    for (int i = 0; i < kImageChannels; ++i) own.frame.words[i] = frame[i];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) own.old[i / 2].words[i % 2] = row[i];
+#pragma unroll
+    for (int k = 0; k < kImageChannels; ++k) {
+      const float scale = p.out.truncation.inv_scale[k];
+#pragma unroll
+      for (int i = 0; i < kSites; ++i) {
+        const float d =
+            (to_float(own.frame.elements[i][k]) - to_float(own.old[i / 4].elements[i % 4][k])) *
+            scale;
+        total += d * d;
+      }
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < kEdge; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+#pragma unroll
+  for (int step = kAcross; step < 32; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+  int found = 0;
+  if (inside && t == 0.f) {
+#pragma unroll
+    for (int i = 0; i < kSites; ++i) {
+      if (!own.differs(i)) continue;
+      own.take(i);
+      reinterpret_cast<uint2*>(row)[i] = own.old[i / 4].sites[i % 4];
+      p.out.mask.data[first + i] = 1;
+      ++found;
+    }
+  } else if (inside) {
+    const int width = min(kSquare, w - x / kSquare * kSquare);
+    const int size = min(kSquare, h - y0) * width * kImageChannels;
+    if (!(total <= t * t * static_cast<float>(size))) {
+#pragma unroll
+      for (int i = 0; i < kSites; ++i) own.take(i);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) row[i] = own.old[i / 2].words[i % 2];
+      *reinterpret_cast<uint64_t*>(p.out.mask.data + first) = 0x0101010101010101ull;
+      found = kSites;
+    }
+  }
+  count_sites(p.out, found);
+}
+
+// Whether image_kernel takes it.
+bool is_image(const EncodeParams& p) {
+  const FeatureMap& acc = p.out.acc;
+  const auto multiple = [](const void* at, uintptr_t of) {
+    return reinterpret_cast<uintptr_t>(at) % of == 0;
+  };
+  return (p.block == 8 || p.block == 16) && acc.c == kImageChannels && acc.ld == kImagePitch &&
+         p.stride_c == 1 && p.stride_w == kImageChannels && p.stride_h % 8 == 0 &&
+         p.stride_n % 8 == 0 && acc.w % 8 == 0 && multiple(p.x, 16) && multiple(acc.data, 16) &&
+         multiple(p.out.mask.data, 8) && acc.sites() < int64_t{1} << 31;
+}
+
 int blocks_for(int64_t threads) { return static_cast<int>((threads + kThreads - 1) / kThreads); }
 
 template <class S, class T>
@@ -202,6 +315,14 @@ cudaError_t encode_as(const EncodeParams& p, cudaStream_t stream) {
   if (p.block > 1 && p.out.truncation.policy == Policy::rms) {
     const int rows = static_cast<int>((acc.h + p.block - 1) / p.block);
     const int columns = static_cast<int>((acc.w + p.block - 1) / p.block);
+    if constexpr (std::is_same_v<S, T> && sizeof(T) == 2) {
+      if (is_image(p)) {
+        const int warps = p.block == 16 ? columns : (columns + 3) / 4;
+        return launch(p.block == 16 ? image_kernel<T, 16> : image_kernel<T, 8>,
+                      {blocks_for(acc.n * rows * warps * 32), kThreads}, stream, p, Divisor(rows),
+                      Divisor(warps));
+      }
+    }
     return launch(square_kernel<S, T>, {blocks_for(acc.n * rows * columns * 32), kThreads}, stream,
                   p, rows, columns);
   }

@@ -107,8 +107,8 @@ def test_conv_transpose2d_shapes(case: Case, mask: str, dtype: torch.dtype) -> N
     run(replace(case, dtype=dtype), mask)
 
 
-def test_large_tiles_agree_with_small_ones() -> None:
-    """The large tile is for maps that the literal rule is too slow for."""
+def test_tall_tiles_agree_with_small_ones() -> None:
+    """The tall tile is for maps that the literal rule is too slow for."""
     torch.manual_seed(0)
     n, c, h, w = 4, 128, 192, 448
     x = torch.randn(n, c, h, w, device="cuda", dtype=torch.float16)
@@ -142,6 +142,7 @@ LONG_LISTS = [
     (24, 96, 1, 1, 1),
     (128, 128, 3, 2, 1),
     (512, 128, 3, 1, 1),
+    (128, 256, 3, 1, 1),
     (3, 64, 7, 2, 1),
     (96, 96, 3, 1, 96),
     (32, 32, 3, 2, 32),

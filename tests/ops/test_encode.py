@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deltafx.ops.encode import OP
-from tests.ops.harness import CHANNELS, DTYPES, TRUNCATIONS, around, disturbed, make_map
+from tests.ops.harness import CHANNELS, DTYPES, OUTSIDE, TRUNCATIONS, around, disturbed, make_map
 from tests.ops.reference import State, check_update, same
 
 # Rows below, at and above a piece of 64 sites, and sizes that no block divides.
@@ -86,6 +86,34 @@ def test_blocks(channels, dtype, layout, device):
         expected = torch.where(after.mask[:, None], new, old)
         assert torch.equal(after.acc.double(), expected)
         assert after.counts.tolist() == [mask.numel(), int(after.mask.sum())]
+
+
+@pytest.mark.parametrize("block", [8, 16])
+@pytest.mark.parametrize("size", [(8, 8), (24, 40), (17, 104)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_images(dtype, size, block, device):
+    """An image as a network's input has it: in its accumulator's dtype, which lies four apart."""
+    x = torch.randn(2, 3, *size).to(dtype)
+    x[1, 1, 3, 5] = float("nan")
+    quiet = torch.rand(2, 1, *size) < 0.03
+    whole = torch.full((2, *size, 4), OUTSIDE, dtype=dtype, device=device)
+    acc = whole.permute(0, 3, 1, 2)[:, :3]
+    start = x + torch.where(quiet, 3.0, 0.02).to(dtype)
+    inv_scale = torch.rand(3) + 0.5
+    for threshold in (0.0, 0.3):
+        acc.copy_(start)
+        old, new = acc.clone().cpu().double(), x.double()
+        scaled = ((new - old) * inv_scale.double()[None, :, None, None]).square().sum(1)
+        mean = squares(scaled, block) / squares(torch.full_like(scaled, 3), block)
+        active = ~(mean.sqrt() <= threshold) if threshold else ~(new == old).all(1)
+        clear = ~((mean.sqrt() / threshold - 1).abs() <= 1e-3) if threshold else active == active
+        mask = torch.zeros(2, *size, dtype=torch.bool, device=device)
+        frame = x.to(device).contiguous(memory_format=torch.channels_last)
+        after = encode(frame, acc, mask, block, inv_scale, threshold, "rms")
+        assert torch.equal(after.mask[clear], active[clear])
+        assert same(after.acc, torch.where(after.mask[:, None], new, old).to(dtype)).all()
+        assert after.counts.tolist() == [mask.numel(), int(after.mask.sum())]
+        assert (whole[..., 3] == OUTSIDE).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
