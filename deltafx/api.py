@@ -51,8 +51,8 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
 
     Raises:
         InvalidOptionError: An option is unknown or out of its range.
-        InvalidInputError: `model` is neither a module nor an exported program, or `example_inputs`
-            is no tuple.
+        InvalidInputError: `model` is neither a module nor an exported program, or compiled already,
+            or `example_inputs` is no tuple.
         TrainModeError: The model is in train mode.
     """
     config = Config.from_options({"threshold": threshold, "thresholds": thresholds, **options})
@@ -63,7 +63,14 @@ def compile(  # noqa: A001  the name that users of torch.compile look for
         )
     if isinstance(model, ExportedProgram):
         model = capture_exported(model)
+    model = getattr(model, "_orig_mod", model)  # behind `torch.compile`
     check_eval(model)
+    already = [name for name, m in model.named_modules() if isinstance(m, Compiled)]
+    if already:
+        raise InvalidInputError(
+            f"the model is compiled already{f' (at {already[0]!r})' if already[0] else ''}: give "
+            "compile() the model itself"
+        )
     compiled = _compiled(model, config)
     return compiled if example_inputs is None else compiled.prepare(*example_inputs)
 

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -36,6 +37,10 @@ class Compiled(nn.Module, abc.ABC):
     model: nn.Module
     config: Config
     thresholds: Thresholds | RegionThresholds
+
+    def _hide(self) -> None:
+        """Keeps Dynamo out: within what `torch.compile` compiles it runs as it is."""
+        self.__dict__["forward"] = torch.compiler.disable(self.forward)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         """Another compiled model, of a copy of the model, with nothing seen yet."""

@@ -113,6 +113,7 @@ class DeltaRegions(Compiled):
         self._last: _Frame | None = None
         self._rest: OrderedDict[Any, Counter[str]] = OrderedDict()
         self._take_apart(reason)
+        self._hide()
         super().train(False)
 
     def __getattr__(self, name: str) -> Any:

@@ -126,6 +126,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         self._held: list[Any] = [None, *_END]  # what the groups hold, to see what is replaced
         self._watch: Any = None  # over those that are tensors
         self._weights_seen: int | None = None
+        self._hide()
         super().train(False)
 
     def recompile(self) -> Any:

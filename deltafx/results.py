@@ -74,7 +74,7 @@ def flatten_result(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
 
 
 def _open(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and _unknown(value):
+    if _is_record(value) and _unknown(value):
         fields = {f.name: _open(getattr(value, f.name)) for f in dataclasses.fields(value)}
         blank = copy.copy(value)
         for name in fields:
@@ -86,6 +86,13 @@ def _open(value: Any) -> Any:
         return value
     leaves, spec = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)
     return pytree.tree_unflatten([_open(leaf) for leaf in leaves], spec)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a dataclass holds nothing but its fields."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, (type, dict, list, tuple, set)):
+        return False
+    return getattr(value, "__dict__", {}).keys() <= {f.name for f in dataclasses.fields(value)}
 
 
 def _unknown(value: Any) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.immutable_collections import immutable_dict
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.utils.stateless import _reparametrize_module
 
 from deltafx.errors import TrainModeError, UntraceableError
@@ -224,7 +224,7 @@ def _plain(out: Any) -> Any:
         return items if type(out) is immutable_dict else type(out)(items)
     if isinstance(out, tuple) and hasattr(out, "_fields"):
         return type(out)(*map(_plain, out))
-    if isinstance(out, (list, tuple)) and not isinstance(out, torch.Size):
+    if type(out) in (list, tuple, immutable_list):
         return (list if isinstance(out, list) else tuple)(map(_plain, out))
     return out
 

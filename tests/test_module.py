@@ -204,6 +204,30 @@ def test_an_error_of_the_model_is_its_own(on):
         exact_over(model, compiled, [good, good])
 
 
+def test_within_what_torch_compiles():
+    """Dynamo leaves it alone, and takes what is around it."""
+    compiled = deltafx.compile(Net(lambda m, x: m.b(m.a(x))), threshold=0)
+    around = torch.nn.Sequential(compiled, nn.ReLU())
+    frames = clip(1, 3, 8, 8)
+    for outer in (around, compiled):
+        optimized = torch.compile(outer, backend="eager")
+        for x in (*frames, frames[-1]):
+            expected = compiled.model(x).relu() if outer is around else compiled.model(x)
+            assert torch.allclose(optimized(x), expected, atol=1e-5)
+        assert compiled.stats().flop_fraction == 0
+    torch.compiler.reset()
+
+
+def test_what_is_compiled_already():
+    model = Net(lambda m, x: m.b(m.a(x)))
+    compiled = deltafx.compile(model)
+    with pytest.raises(InvalidInputError, match="compiled already: give compile"):
+        deltafx.compile(compiled)
+    with pytest.raises(InvalidInputError, match=r"compiled already \(at '0'\)"):
+        deltafx.compile(nn.Sequential(compiled).eval())
+    assert deltafx.compile(torch.compile(model, backend="eager")).model is model
+
+
 def test_what_is_known_only_after_compiling():
     compiled = deltafx.compile(Net(lambda m, x: m.a(x)))
     for ask in (

@@ -34,9 +34,10 @@ class Found:
         lambda m, x: OrderedDict(z=m.a(x), a=[x.relu(), OrderedDict(b=x)]),
         lambda m, x: defaultdict(list, z=m.a(x), a=x.relu()),
         lambda m, x: Pair(m.a(x), [m.b(m.a(x))]),
+        lambda m, x: {"size": x.shape, "best": m.a(x).max(1)},
         lambda m, x: [],
     ],
-    ids=["nested", "tuple", "ordered", "default", "named tuple", "nothing"],
+    ids=["nested", "tuple", "ordered", "default", "named tuple", "torch's", "nothing"],
 )
 def test_structures_of_outputs(function):
     model, x = Net(function), torch.randn(2, 3, 9, 10)
@@ -66,6 +67,37 @@ def test_a_dataclass_comes_back(front_end):
         assert torch.equal(got.maps[1][0], x)
         assert torch.allclose(got.maps[1][1], expected.maps[1][1], atol=1e-5)
     assert compiled.explain().front_end == front_end
+
+
+@dataclasses.dataclass
+class Output(OrderedDict):
+    """A dictionary as well, as some libraries have it."""
+
+    best: torch.Tensor = None
+
+    def __post_init__(self):
+        self["best"] = self.best
+
+
+@dataclasses.dataclass
+class Derived:
+    """More than its fields."""
+
+    best: torch.Tensor
+
+    def __post_init__(self):
+        self.more = self.best + 1
+
+
+@pytest.mark.parametrize("kind", [Output, Derived])
+def test_a_dataclass_that_holds_more_than_its_fields(kind):
+    model = Net(lambda m, x: kind(m.b(m.a(x))))
+    compiled = deltafx.compile(model, threshold=0)
+    for x in clip(2, 3, 9, 10):
+        expected, got = model(x), compiled(x)
+        more, ours = (r["best"] if kind is Output else r.more for r in (expected, got))
+        torch.testing.assert_close((got.best, ours), (expected.best, more), atol=1e-5, rtol=1e-4)
+    assert f"returns a {kind.__name__}" in compiled.explain().note
 
 
 class Boxes:
