@@ -58,7 +58,9 @@ class Compiled(nn.Module, abc.ABC):
         """Feeds one frame of every stream.
 
         Args:
-            *args: As the model takes them; frames are float [N, C, H, W], N independent streams.
+            *args: As the model takes them; frames are float [N, C, H, W], N independent streams. A
+                graph is for given numbers, tensors may change: where more than `max_states` numbers
+                come with the same frames, the parts of the model that take none go on as graphs.
             **kwargs: Likewise.
 
         Returns:

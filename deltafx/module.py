@@ -120,6 +120,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         self._traced: TracedModel = traced
         self._cache: OrderedDict[Signature, _Compiled] = OrderedDict()
         self._current: _Compiled | None = None
+        self._numbers: dict[Signature, set[Signature]] = {}  # by the tensors they came with
         self._scales: dict[str, Tensor] = {}
         self._thresholds_hold = False
         self._groups: list[dict[str, Any]] = []  # of weights and modules
@@ -345,6 +346,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         if compiled is not None and compiled is self._current and self._thresholds_hold:
             return compiled
         if compiled is None:
+            self._refuse_changing_numbers(signature)
             # Only in-place writes outside inference mode need this; a frame may come either way.
             with _COMPILING, torch.inference_mode(False):
                 compiled = self._compile(bound)
@@ -354,6 +356,17 @@ class DeltaModule(Compiled, fx.GraphModule):
         self._cache.move_to_end(signature)
         self._activate(compiled)
         return compiled
+
+    def _refuse_changing_numbers(self, signature: Signature) -> None:
+        """Raises `UntraceableError` where each frame would be compiled for numbers of its own."""
+        frames, numbers = _told_apart(signature)
+        seen = self._numbers.setdefault(frames, set())
+        seen.add(numbers)
+        if len(seen) > self.config.max_states:
+            raise UntraceableError(
+                "numbers among its arguments change from frame to frame, and a graph is for given "
+                "ones (tensors may change)"
+            )
 
     def _emit(self, bound: tuple[Any, ...]) -> Instance:
         return emit_instance(self._traced, self.config, bound, self._pool)
@@ -481,4 +494,12 @@ def _signature(bound: tuple[Any, ...]) -> Signature:
     kinds = tuple(
         (tuple(a.shape), a.dtype, a.device) if isinstance(a, Tensor) else repr(a) for a in leaves
     )
-    return (spec, kinds, autocast_state())
+    return (spec, autocast_state(), *kinds)
+
+
+def _told_apart(signature: Signature) -> tuple[Signature, Signature]:
+    """What a signature says of tensors, and what of all else."""
+    return (
+        tuple(kind for kind in signature if not isinstance(kind, str)),
+        tuple(kind for kind in signature if isinstance(kind, str)),
+    )

@@ -435,6 +435,16 @@ def test_a_users_error_stays_one():
         compiled_with(Broken().eval())(torch.randn(1, 3, 9, 9))
 
 
+def test_numbers_that_change_from_frame_to_frame():
+    """Dynamo's graph takes them as they come; it is not compiled for each of them."""
+    net = Net().eval()
+    compiled = compiled_with(lambda x, factor: net(x) * factor, {**EXACT, "max_states": 2})
+    with torch.no_grad():
+        for i, x in enumerate(frames(1, 3, 9, 9, count=7)):
+            torch.testing.assert_close(compiled(x, float(i)), net(x) * i, atol=1e-5, rtol=1e-4)
+    assert "numbers" in deltafx.modules(compiled)[-1].explain().note
+
+
 class ReadsValues(nn.Module):
     """Dynamo breaks the graph where it does, or with `fullgraph` takes it into the graph."""
 

@@ -497,6 +497,36 @@ def test_what_turns_out_to_be_no_graph(ahead):
     exact_over(model, compiled, clip(1, 3, 9, 9))
 
 
+class Scaled(nn.Module):
+    """A number that the caller chooses anew for every frame."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Body()
+        self.tail = nn.Conv2d(6, 4, 3, padding=1)
+        self.eval()
+
+    def forward(self, x, factor):
+        return self.tail(self.body(x)) * factor
+
+
+def test_numbers_that_change_from_frame_to_frame():
+    """No frame may cost a compilation for ever."""
+    model = Scaled()
+    compiled = deltafx.compile(model, threshold=0, max_states=3)
+    x = torch.randn(1, 3, 9, 9)
+    exact_over(model, compiled, [(x, float(i % 3)) for i in range(6)])
+    assert compiled.explain().front_end == "fx"
+    exact_over(model, compiled, [(x, float(i)) for i in range(8)])
+    assert "numbers among its arguments change" in compiled.explain().note
+    assert list(compiled.regions) == ["body", "tail"]
+    assert compiled.stats().flop_fraction == 0
+    tensors = deltafx.compile(model, threshold=0, max_states=3)
+    exact_over(model, tensors, [(x, torch.tensor(float(i))) for i in range(8)])
+    assert tensors.explain().front_end == "fx"
+    assert tensors.stats().flop_fraction == 0
+
+
 def test_thresholds_go_along_to_the_parts():
     compiled = deltafx.compile(ReadsValues(), threshold=0.1, thresholds={"body.conv": 3.0})
     compiled.thresholds["tail.conv2d"] = 2.0
