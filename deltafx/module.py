@@ -35,7 +35,7 @@ from deltafx.passes.emit_instance import Instance, emit_instance
 from deltafx.passes.insert_casts import autocast_state, no_autocast
 from deltafx.passes.share_constants import ConstantPool
 from deltafx.passes.trace_model import TracedModel, trace_model
-from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, mask_name
+from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, lose_state, mask_name
 from deltafx.stats import Explanation, Stats, make_stats
 from deltafx.thresholds import Thresholds
 
@@ -160,7 +160,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         self._calibrate_if_due(compiled)
         self._refresh_if_due(compiled)
         if not compiled.whole:
-            _lose_state(compiled)
+            lose_state(compiled.instance.plan, compiled.buffers)
         compiled.whole = False
         if compiled.autocast:
             with no_autocast():  # its casts are in the graph
@@ -214,15 +214,16 @@ class DeltaModule(Compiled, fx.GraphModule):
         if streams is None:
             for compiled in self._cache.values():
                 compiled.age = 0
-                _lose_state(compiled)
+                lose_state(compiled.instance.plan, compiled.buffers)
             return
         if self._current is None:
             return
         chosen = [streams] if isinstance(streams, int) else list(streams)
-        for slot in self._current.instance.plan.slots.values():
+        plan = self._current.instance.plan
+        for slot in plan.slots.values():
             if any(not -slot.shape[0] <= s < slot.shape[0] for s in chosen):
                 raise InvalidInputError(f"streams {chosen}: there are {slot.shape[0]} streams")
-            self._current.buffers[acc_name(slot.name)][chosen] = float("nan")
+        lose_state(plan, self._current.buffers, chosen)
 
     @override
     def stats(self) -> Stats:
@@ -469,12 +470,6 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
 def _is_flat(bound: tuple[Any, ...]) -> bool:
     """Whether there are only tensors, as nearly always: that need not go through pytree."""
     return all(isinstance(a, Tensor) for a in bound)
-
-
-def _lose_state(compiled: _Compiled) -> None:
-    """NaN differs from every value: the next frame rewrites every site."""
-    for name in compiled.instance.plan.slots:
-        compiled.buffers[acc_name(name)].fill_(float("nan"))
 
 
 def _signature(bound: tuple[Any, ...]) -> Signature:

@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-// Of the stable ABI, and there wherever a watch is made; a process without Python loads this library
-// as well.
+// Of the stable ABI, and there wherever a watch is made; a process without Python loads this
+// library as well.
 #pragma weak PyDict_Next
 #pragma weak PyGILState_Ensure
 #pragma weak PyGILState_Release

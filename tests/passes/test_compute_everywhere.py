@@ -21,7 +21,7 @@ def everywhere_of(net, x):
     gm, context = before(plan_state, net, x)
     plan_state(gm, context)
     lowered, constants = lower_ops(gm, context)
-    everywhere, more = compute_everywhere(gm, lowered)
+    everywhere, more = compute_everywhere(gm, lowered, context.plan)
     verify(everywhere, "lowered", context.plan)
     state = allocate(context.plan)
     flag = {NOT_FINITE: torch.zeros(1, dtype=torch.int32)}
