@@ -39,6 +39,9 @@ class Config:
             changed for a frame to be computed everywhere, convolutions by cuDNN; 1 is never. It is
             the same function of the same state by other kernels. All streams of a batch share
             the choice, so with it their last bits, and what is truncated, may depend on each other.
+            `None` takes the share at which both ways are equally fast, by their times on this
+            device when the graph is captured (which truncates nothing of the frame before); then
+            two runs of a program may choose differently.
     """
 
     threshold: float = 0.1
@@ -50,7 +53,7 @@ class Config:
     scale_floor: float = 0.05
     max_states: int = 4
     cuda_graph: bool = True
-    dense_above: float = 0.35
+    dense_above: float | None = None
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -75,8 +78,10 @@ class Config:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidOptionError(f"{name} must be an int >= {least}, not {value!r}")
         share = self.dense_above
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise InvalidOptionError(f"dense_above must be in [0, 1], not {share!r}")
+        if share is not None and (
+            isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1
+        ):
+            raise InvalidOptionError(f"dense_above must be in [0, 1] or None, not {share!r}")
         floor = self.scale_floor
         if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor <= 1:
             raise InvalidOptionError(f"scale_floor must be in (0, 1], not {floor!r}")

@@ -29,10 +29,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from deltafx.errors import CudaGraphWarning, UnsupportedDeviceError
-from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan
+from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan, place_name
 
 WARM_UP_FRAMES = 2
 
@@ -42,6 +43,11 @@ BRANCHES = ("delta", "dense", "nothing")
 MOST_INPUTS = 8
 """kMostInputs there."""
 
+SQUARE = 16
+"""kSquare there."""
+
+MEASURED_FRAMES = 4
+"""Of which the quickest counts."""
 
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU that has the instructions of the convolutions' kernels."""
@@ -77,7 +83,7 @@ class FrameGraph:
         everywhere: fx.Graph | None,
         tensors: Mapping[str, Tensor],
         plan: StatePlan,
-        dense_above: float,
+        dense_above: float | None,
     ) -> None:
         """Nothing is captured yet.
 
@@ -87,7 +93,8 @@ class FrameGraph:
             everywhere: The same frame with all convolutions computed everywhere; or `None`.
             tensors: The attributes of both.
             plan: Of the state among them.
-            dense_above: The share of the input's squares that must have changed for that.
+            dense_above: The share of the input's squares that must have changed for that; `None`:
+                as measured when the graph is captured.
         """
         # The choice, the flag below, and what the device counts with; see csrc/cuda/branch.h.
         self._state = torch.zeros(4, dtype=torch.int32, device=plan.device)
@@ -98,6 +105,7 @@ class FrameGraph:
         self._everywhere = everywhere and split_frame(without_output_copies(everywhere)).body
         self._tensors = {**tensors, NOT_FINITE: self._state[1:2]}
         self._dense_above = dense_above
+        self._plan = plan
         sites = [plan.slots[plan.places[node].slot].sites for node in plan.nodes]
         self._all_sites = torch.tensor([[n, n] for n in sites], device=plan.device)
         self._frames = 0
@@ -132,7 +140,7 @@ class FrameGraph:
         text = "one CUDA graph"
         if self._parts.may_skip:
             text += "; nothing beyond the comparison where the input did not change"
-        if self._everywhere is not None:
+        if self._everywhere is not None and self._dense_above is not None:
             share = f"{100 * self._dense_above:.0f}%"
             text += f"; convolutions by cuDNN where more than {share} of the input changed"
         return text
@@ -150,6 +158,8 @@ class FrameGraph:
             if own.data_ptr() != given.data_ptr():
                 own.copy_(given, non_blocking=True)
         self._captured.replay()
+        if len(self._outputs) == len(self._results) == 1:
+            return [self._results[0].clone()]  # the one that nearly every model has
         copies = iter(torch.ops.deltafx.copies(self._results))
         return [next(copies) if isinstance(o, Tensor) else o for o in self._outputs]
 
@@ -197,6 +207,9 @@ class FrameGraph:
         try:
             if self._everywhere is not None:
                 self._bodies.append(self._record_everywhere(outputs))
+                if self._dense_above is None:
+                    self._dense_above = self._measure_switch()
+            dense_above = 1.0 if self._dense_above is None else self._dense_above
             masks = [self._tensors[name] for name in self._parts.masks]
             bodies = [body.raw_cuda_graph() for body in self._bodies]
             head = self._runner(self._parts.head)
@@ -204,7 +217,7 @@ class FrameGraph:
             def frame() -> list[Any]:
                 head()
                 torch.ops.deltafx.branch(
-                    self._state, masks, self._parts.may_skip, self._dense_above, bodies
+                    self._state, masks, self._parts.may_skip, dense_above, bodies
                 )
                 return outputs
 
@@ -232,6 +245,36 @@ class FrameGraph:
             counts.copy_(self._all_sites)
 
         return _record(body, keep_graph=True, pool=self._bodies[0].pool())[0]
+
+    def _measure_switch(self) -> float:
+        """The share of the input's squares from which on the dense body is the faster one.
+
+        The delta body takes about the same more for every square that changed: a line through its
+        times for none and for a box of a quarter of the picture. Maps of ones stand for the last
+        frame's, so that all candidates change; the dense body, measured last, makes them good.
+        """
+        delta, everywhere = self._bodies
+        masks = [self._tensors[name] for name in self._parts.masks]
+        places = {place_name(self._plan, place) for place in self._plan.places.values()}
+
+        def nothing() -> None:
+            for name in places.difference(self._parts.inputs):
+                self._tensors[name].fill_(1.0)
+            torch.ops.deltafx.clear_masks(self._tensors[MASKS], self._tensors[COUNTS])
+
+        def box() -> None:
+            nothing()
+            for mask in masks:
+                _, h, w = mask.shape
+                mask[:, h // 4 : h // 4 + h // 2, w // 4 : w // 4 + w // 2] = True
+
+        still, moving = _milliseconds(nothing, delta), _milliseconds(box, delta)
+        squares = [F.max_pool2d(m[:1].float(), SQUARE, ceil_mode=True).mean() for m in masks]
+        share = float(sum(squares)) / len(squares)
+        dense = _milliseconds(nothing, everywhere)
+        if dense <= still:
+            return 0.0
+        return min(1.0, share * (dense - still) / max(moving - still, 1e-6))
 
     def _runner(self, graph: fx.Graph) -> Callable[[], Any]:
         """What runs a graph on the inputs' own memory."""
@@ -275,6 +318,20 @@ def _record(
     return graph, returned
 
 
+def _milliseconds(prepare: Callable[[], None], body: torch.cuda.CUDAGraph) -> float:
+    """The time of a body behind what prepares it; the best of some."""
+    times = []
+    for _ in range(MEASURED_FRAMES):
+        prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        body.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times)
+
+
 def _reason(error: RuntimeError) -> str:
     return str(error).strip().splitlines()[0]
 
@@ -286,12 +343,14 @@ class FrameParts:
     Attributes:
         head: Clears the masks, and compares the model's inputs with their accumulators.
         body: All else.
-        masks: The attributes that hold the update masks of the inputs.
+        inputs: The attributes that hold the accumulators of the inputs.
+        masks: Those that hold their update masks.
         may_skip: Whether the body has nothing to do where they are empty: it reads no input itself.
     """
 
     head: fx.Graph
     body: fx.Graph
+    inputs: tuple[str, ...]
     masks: tuple[str, ...]
     may_skip: bool
 
@@ -302,6 +361,7 @@ def split_frame(graph: fx.Graph) -> FrameParts:
     return FrameParts(
         head=_part(graph, in_head=True),
         body=_part(graph, in_head=False),
+        inputs=tuple(str(n.args[_ACC].target) for n in encodes),
         masks=tuple(str(n.args[_MASK].target) for n in encodes),
         may_skip=all(
             _encodes_input(user) for n in graph.nodes if n.op == "placeholder" for user in n.users
@@ -309,9 +369,9 @@ def split_frame(graph: fx.Graph) -> FrameParts:
     )
 
 
-_MASK, _X = (
+_ACC, _MASK, _X = (
     [a.name for a in torch.ops.deltafx.encode.default._schema.arguments].index(name)
-    for name in ("mask", "x")
+    for name in ("acc", "mask", "x")
 )
 
 

@@ -11,8 +11,6 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from operator import is_
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +35,7 @@ from deltafx.passes.emit_instance import Instance, emit_instance
 from deltafx.passes.insert_casts import autocast_state, no_autocast
 from deltafx.passes.share_constants import ConstantPool
 from deltafx.passes.trace_model import TracedModel, trace_model
-from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, mask_name
+from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, lose_state, mask_name
 from deltafx.stats import Explanation, Stats, make_stats
 from deltafx.thresholds import Thresholds
 
@@ -66,6 +64,7 @@ class _Compiled:
     code: str
     run: Callable[..., Any]
     attributes: SimpleNamespace  # the buffers again, for `run`: lookups are ten times faster here
+    autocast: bool  # whether it is on, for a device of any kind
     frames: int = 0
     whole: bool = True  # the last frame ran to its end
     age: int = 0  # frames since the last refresh
@@ -124,18 +123,21 @@ class DeltaModule(Compiled, fx.GraphModule):
         self._scales: dict[str, Tensor] = {}
         self._thresholds_hold = False
         self._groups: list[dict[str, Any]] = []  # of weights and modules
-        self._held: list[Any] = [None, *_END]  # what the groups hold, to see what is replaced
-        self._watch: Any = None  # over those that are tensors
+        self._held: list[Any] = []  # what the groups hold: as long as it lives, it can be told
+        self._watch: Any = None  # over both
         self._weights_seen: int | None = None
         self._hide()
         super().train(False)
 
     def recompile(self) -> Any:
-        """Regenerates the code of the graph; calls still come in through `forward`."""
+        """Regenerates the code of the graph; calls still come in through `forward`.
+
+        And as those of any module: fx's own call explains errors in generated code, at 10 us each.
+        """
         code = super().recompile()
         cls = type(self)
         cls.run_graph = cls.forward  # type: ignore[attr-defined]
-        del cls.forward
+        del cls.forward, cls.__call__
         return code
 
     @property
@@ -145,24 +147,32 @@ class DeltaModule(Compiled, fx.GraphModule):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            found = self._bind(args, kwargs)
-            if found is None:
-                return self(*args, **kwargs)
-            bound, compiled = found
-            leaves = bound if _is_flat(bound) else pytree.tree_leaves(bound)
-            tensors = [a for a in leaves if isinstance(a, Tensor)]
-            self._calibrate_if_due(compiled)
-            self._refresh_if_due(compiled)
-            if not compiled.whole:
-                _lose_state(compiled)
-            compiled.whole = False
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._run_frame(args, kwargs)
+        return self._run_frame(args, kwargs)
+
+    def _run_frame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = self._bind(args, kwargs)
+        if found is None:
+            return self(*args, **kwargs)
+        bound, compiled = found
+        leaves = bound if _is_flat(bound) else pytree.tree_leaves(bound)
+        tensors = [a for a in leaves if isinstance(a, Tensor)]
+        self._calibrate_if_due(compiled)
+        self._refresh_if_due(compiled)
+        if not compiled.whole:
+            lose_state(compiled.instance.plan, compiled.buffers)
+        compiled.whole = False
+        if compiled.autocast:
             with no_autocast():  # its casts are in the graph
                 out = compiled.run(compiled.attributes, *tensors)
-            compiled.whole = True
-            compiled.frames += 1
-            self._calibrate_if_due(compiled)
-            return pytree.tree_unflatten(list(out), compiled.instance.out_spec)
+        else:
+            out = compiled.run(compiled.attributes, *tensors)
+        compiled.whole = True
+        compiled.frames += 1
+        self._calibrate_if_due(compiled)
+        return pytree.tree_unflatten(list(out), compiled.instance.out_spec)
 
     @property
     def traced_whole(self) -> bool:
@@ -206,15 +216,16 @@ class DeltaModule(Compiled, fx.GraphModule):
         if streams is None:
             for compiled in self._cache.values():
                 compiled.age = 0
-                _lose_state(compiled)
+                lose_state(compiled.instance.plan, compiled.buffers)
             return
         if self._current is None:
             return
         chosen = [streams] if isinstance(streams, int) else list(streams)
-        for slot in self._current.instance.plan.slots.values():
+        plan = self._current.instance.plan
+        for slot in plan.slots.values():
             if any(not -slot.shape[0] <= s < slot.shape[0] for s in chosen):
                 raise InvalidInputError(f"streams {chosen}: there are {slot.shape[0]} streams")
-            self._current.buffers[acc_name(slot.name)][chosen] = float("nan")
+        lose_state(plan, self._current.buffers, chosen)
 
     @override
     def stats(self) -> Stats:
@@ -390,8 +401,9 @@ class DeltaModule(Compiled, fx.GraphModule):
         elif instance.plan.device.type == "cpu" and is_delta_only(self.graph):
             run = FrameCalls(self.graph, buffers)
         compiled = _Compiled(
-            instance, buffers, self.graph, self.code, run, SimpleNamespace(**buffers)
-        )
+            instance, buffers, self.graph, self.code, run, SimpleNamespace(**buffers),
+            any(autocast_state()),
+        )  # fmt: skip
         known = all(name in self._scales for name in instance.plan.truncating)
         if known and self._scales:
             calibration.apply(self._scales, instance.plan, buffers)
@@ -452,18 +464,15 @@ class DeltaModule(Compiled, fx.GraphModule):
 
     def _follow_weights(self) -> None:
         """Drops everything if weights have changed since, or modules were replaced."""
-        held = chain.from_iterable(map(dict.values, self._groups))
-        replaced = not all(map(is_, chain(held, _END), self._held))
-        if replaced:
-            self._groups = _groups(self.model)
-            self._held = [*chain.from_iterable(map(dict.values, self._groups)), *_END]
-            weights = [t for t in self._held if isinstance(t, Tensor)]
-            self._watch = torch.classes.deltafx.WeightWatch(weights)
-        seen = self._watch.fingerprint()
-        if replaced or seen != self._weights_seen:
-            if self._weights_seen is not None:
-                self._forget()
-            self._weights_seen = seen
+        if self._watch is not None:
+            if self._watch.fingerprint() == self._weights_seen:
+                return
+            self._forget()
+        self._groups = _groups(self.model)
+        self._held = [value for group in self._groups for value in group.values()]
+        weights = [t for t in self._held if isinstance(t, Tensor)]
+        self._watch = torch.classes.deltafx.WeightWatch(list(map(id, self._groups)), weights)
+        self._weights_seen = self._watch.fingerprint()
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -472,19 +481,9 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group and isinstance(group, dict)]  # TorchScript's: none
 
 
-_END = (object(),)
-"""So that lists of other lengths differ as well."""
-
-
 def _is_flat(bound: tuple[Any, ...]) -> bool:
     """Whether there are only tensors, as nearly always: that need not go through pytree."""
     return all(isinstance(a, Tensor) for a in bound)
-
-
-def _lose_state(compiled: _Compiled) -> None:
-    """NaN differs from every value: the next frame rewrites every site."""
-    for name in compiled.instance.plan.slots:
-        compiled.buffers[acc_name(name)].fill_(float("nan"))
 
 
 def _signature(bound: tuple[Any, ...]) -> Signature:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -91,9 +91,9 @@ NOT_FINITE = "not_finite"
 def allocate(plan: StatePlan) -> dict[str, Tensor]:
     """Makes the tensors of a state, by the names of their attributes.
 
-    Accumulators hold NaN, which differs from every value: the first frame rewrites every site. The
-    scales are 1 until they are calibrated. Views (`mask_*`, `counts_*`, ...) share the memory
-    of the arenas.
+    Nothing is known of any frame, as `lose_state` leaves it. Channels of a slot that are in no
+    place, which only fill it up, are zero and stay so. The scales are 1 until they are calibrated.
+    Views (`mask_*`, `counts_*`, ...) share the memory of the arenas.
     """
     device = plan.device
     made: dict[str, Tensor] = {
@@ -107,7 +107,7 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
     starts = plan.first_sites()
     for slot in plan.slots.values():
         n, c, h, w = slot.shape
-        rows = torch.full((n, h, w, c), float("nan"), dtype=slot.dtype, device=device)
+        rows = torch.zeros((n, h, w, c), dtype=slot.dtype, device=device)
         made[acc_name(slot.name)] = rows.permute(0, 3, 1, 2)
         first = starts[slot.name]
         made[mask_name(slot.name)] = made[MASKS][first : first + slot.sites].view(n, h, w)
@@ -127,7 +127,25 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
         first += scale_room(channels)
     for name, shape in plan.workspaces.items():
         made[name] = torch.zeros(shape, device=device)
+    lose_state(plan, made)
     return made
+
+
+def lose_state(
+    plan: StatePlan, tensors: Mapping[str, Tensor], streams: Sequence[int] | None = None
+) -> None:
+    """Fills accumulators with NaN, which differs from every value: the next frame rewrites them.
+
+    Args:
+        plan: Of the state.
+        tensors: Its tensors, as `allocate` makes them.
+        streams: Indices into the batch dimension; `None` for all.
+    """
+    for name in {place_name(plan, place) for place in plan.places.values()}:
+        if streams is None:
+            tensors[name].fill_(float("nan"))
+        else:
+            tensors[name][streams] = float("nan")
 
 
 def mask_room(sites: int) -> int:

@@ -111,8 +111,8 @@ def _emit(gm: fx.GraphModule, config: Config) -> Instance:
     graph, constants = lower_ops(gm, context)
     verify(graph, "lowered", context.plan)
     everywhere = None
-    if config.dense_above < 1 and config.cuda_graph and context.plan.device.type == "cuda":
-        everywhere, weights = compute_everywhere(gm, graph)
+    if config.dense_above != 1 and config.cuda_graph and context.plan.device.type == "cuda":
+        everywhere, weights = compute_everywhere(gm, graph, context.plan)
         constants |= weights
         verify(everywhere, "lowered", context.plan)
     nodes = tuple(

@@ -84,8 +84,8 @@ def test_the_input_threshold_is_for_the_input():
         ({"max_states": 0}, "max_states must be an int >= 1"),
         ({"refresh_every": -1}, "refresh_every must be an int >= 0, not -1"),
         ({"refresh_every": 2.0}, "refresh_every must be an int >= 0"),
-        ({"dense_above": 1.5}, r"dense_above must be in \[0, 1\], not 1.5"),
-        ({"dense_above": True}, r"dense_above must be in \[0, 1\], not True"),
+        ({"dense_above": 1.5}, r"dense_above must be in \[0, 1\] or None, not 1.5"),
+        ({"dense_above": True}, r"dense_above must be in \[0, 1\] or None, not True"),
     ],
 )
 def test_options_out_of_range(options, message):

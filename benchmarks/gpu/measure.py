@@ -13,6 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from benchmarks.gpu.scenes import there_and_back
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -27,15 +29,15 @@ class Timing:
 
 def time_frames(run: Callable[[Tensor], Any], clip: Sequence[Tensor], rounds: int) -> Timing:
     """Times each frame by events; the clip goes back and forth, so that no cut is in it."""
-    there_and_back = [*clip, *reversed(clip[1:-1])]
-    for frame in there_and_back:
+    frames = there_and_back(clip)
+    for frame in frames:
         run(frame)
     torch.cuda.synchronize()
     times: list[float] = []
     for _ in range(rounds):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(there_and_back) + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(frames) + 1)]
         marks[0].record()
-        for frame, mark in zip(there_and_back, marks[1:], strict=True):
+        for frame, mark in zip(frames, marks[1:], strict=True):
             run(frame)
             mark.record()
         torch.cuda.synchronize()
@@ -106,7 +108,7 @@ def host_work(run: Callable[[Tensor], Any], clip: Sequence[Tensor], rounds: int)
     """
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    frames = [*clip, *reversed(clip[1:-1])] * rounds
+    frames = there_and_back(clip) * rounds
     for frame in frames:
         run(frame)
     torch.cuda.synchronize()

@@ -7,13 +7,17 @@ that how much changes is known. All frames are made before anything is timed.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+T = TypeVar("T")
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 VTEST = Path(__file__).resolve().parents[2] / "models_zoo" / "clips" / "vtest.avi"
@@ -59,22 +63,36 @@ def all_new(n: int, h: int, w: int, frames: int) -> list[Tensor]:
 def read_vtest(count: int) -> Tensor:
     """The first frames of vtest.avi, uint8 [count, 3, 576, 768]."""
     try:
-        import cv2
-
-        capture = cv2.VideoCapture(str(VTEST))
-        pictures = [bgr[:, :, ::-1] for _ in range(count) for ok, bgr in [capture.read()] if ok]
-    except ImportError:
-        from deltafx.video import read_frames
-
-        pictures = [frame for frame, _ in zip(read_frames(VTEST), range(count), strict=False)]
+        pictures = _read_with_av(count)
+    except ImportError:  # PyAV is not everywhere that there is a GPU
+        pictures = _read_with_opencv(count)
     return torch.from_numpy(np.stack(pictures).copy()).permute(0, 3, 1, 2)
+
+
+def _read_with_av(count: int) -> list[np.ndarray]:
+    from deltafx.video import VideoReader
+
+    with VideoReader(str(VTEST)) as reader:
+        return list(itertools.islice(reader, count))
+
+
+def _read_with_opencv(count: int) -> list[np.ndarray]:
+    import cv2
+
+    capture = cv2.VideoCapture(str(VTEST))
+    return [bgr[:, :, ::-1] for _ in range(count) for ok, bgr in [capture.read()] if ok]
 
 
 def vtest(n: int, frames: int) -> list[Tensor]:
     """`n` windows of vtest.avi as `n` streams; uint8 [n, 3, 576, 768] a frame."""
-    distance = 5  # the clip has 88 frames
+    distance = 4  # the clip has 88 frames
     clip = read_vtest(distance * (n - 1) + frames)
     return [clip[[i + distance * s for s in range(n)]] for i in range(frames)]
+
+
+def there_and_back(clip: Sequence[T]) -> list[T]:
+    """The frames of a clip and, but for both ends, back again: what can be repeated with no cut."""
+    return [*clip, *reversed(clip[1:-1])]
 
 
 def jpeg(rgb: Tensor, quality: int = 95) -> Tensor:

@@ -28,6 +28,7 @@ def conv2d_everywhere(
     not_finite: Tensor,
     x: Tensor,
     weight: Tensor,
+    packed: Tensor,
     bias: Tensor | None,
     rounded_bias: Tensor,
     residual: Tensor | None,
@@ -51,6 +52,7 @@ def conv2d_everywhere(
             windows that held it.
         x: [N, I, H, W], an accumulator.
         weight: [O, I / groups, kh, kw], not packed, in the dtype of `x`, channels_last.
+        packed: The same as `torch.ops.deltafx.pack_conv_weight` makes it.
         bias: [O], fp32; this and all below as in `deltafx.ops.conv2d.conv2d`.
         rounded_bias: [O], the same in the dtype of `x`; zeros for none.
         residual: [N, O, H', W'].
@@ -74,13 +76,23 @@ def conv2d_everywhere(
             )
         )  # fmt: skip
         return
+    half = acc.dtype.itemsize == 2
+    if (
+        half
+        and residual is None
+        and pre_scale is None
+        and _is_depthwise_3x3(x, weight, acc, stride, dilation)
+    ):
+        torch.ops.deltafx.depthwise_everywhere(
+            acc, x, packed, bias, stride, padding, act, act_params, act_weight
+        )  # fmt: skip
+        return
     # cuDNN would copy a slice of channels as well.
     x = prologue(x, pre_scale, pre_shift, pre_act).contiguous(memory_format=torch.channels_last)
     cudnn = torch.backends.cudnn
     plain = act == "identity" or (
         act == "relu" and not (residual_after_act and residual is not None)
     )
-    half = acc.dtype.itemsize == 2
     if half and plain and groups == 1 and all(_is_whole(t) for t in (acc, residual)):
         try:
             torch.ops.deltafx.conv2d_bias_act(
@@ -114,6 +126,21 @@ def binary_everywhere(acc: Tensor, a: Tensor, b: Tensor, op: str, act: str) -> N
     _OUT[op](a, b, out=acc)
     if act == "relu":
         F.relu_(acc)
+
+
+def _is_depthwise_3x3(
+    x: Tensor, weight: Tensor, acc: Tensor, stride: Sequence[int], dilation: Sequence[int]
+) -> bool:
+    """Whether a convolution is one that `depthwise_everywhere` takes."""
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(3) % 8 == 0 for t in (x, acc))
+    return (
+        aligned
+        and weight.shape[1:] == (1, 3, 3)
+        and x.shape[1] == acc.shape[1]
+        and x.shape[1] % 8 == 0
+        and tuple(stride) in ((1, 1), (2, 2))
+        and tuple(dilation) == (1, 1)
+    )
 
 
 def _is_whole(t: Tensor | None) -> bool:

@@ -20,6 +20,8 @@ SHAPES = [
     # in, out, kernel, stride, padding, dilation, groups
     (3, 64, 7, 2, 3, 1, 1), (64, 64, 1, 1, 0, 1, 1), (64, 130, 3, 1, 1, 1, 1),
     (17, 21, 3, 2, 2, 2, 1), (72, 72, 3, 1, 1, 1, 72), (64, 32, 3, 1, 1, 1, 4),
+    (24, 24, 3, 2, 1, 1, 24), (8, 8, 3, 2, 0, 1, 8), (16, 16, 3, 1, 2, 1, 16),
+    (16, 16, 3, 1, 2, 2, 16), (12, 12, 3, 1, 1, 1, 12), (16, 16, 5, 2, 2, 1, 16),
     (8, 1, 1, 1, 0, 1, 1),
 ]  # fmt: skip
 EPILOGUES: list[dict[str, Any]] = [
@@ -81,6 +83,14 @@ def test_conv2d(
     named |= {"residual_after_act": False, "act_params": [], "act_weight": None} | given
     named["weight"] = channels_last(given["weight"])
     zeros = torch.zeros(c, device="cuda")
+    named["packed"] = torch.ops.deltafx.pack_conv_weight(
+        given["weight"],
+        given["stride"],
+        given["padding"],
+        given["dilation"],
+        given["groups"],
+        False,
+    )
     named["rounded_bias"] = (zeros if bias is None else bias).to(dtype)
     conv2d_everywhere(acc, flag, **named)
     error = (acc.double() - exact).norm() / exact.norm()

@@ -1,5 +1,7 @@
 """compute_everywhere, and how a frame is cut behind the comparison of its inputs."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import fx, nn
@@ -9,7 +11,7 @@ from deltafx.ops.everywhere import binary_everywhere, conv2d_everywhere
 from deltafx.passes.compute_everywhere import compute_everywhere
 from deltafx.passes.lower_ops import lower_ops
 from deltafx.passes.plan_state import plan_state
-from deltafx.state import COUNTS, MASKS, NOT_FINITE, allocate
+from deltafx.state import COUNTS, MASKS, NOT_FINITE, acc_name, allocate
 from deltafx.verify import verify
 from tests.passes.graphs import Tiny, before, whole
 
@@ -21,7 +23,7 @@ def everywhere_of(net, x):
     gm, context = before(plan_state, net, x)
     plan_state(gm, context)
     lowered, constants = lower_ops(gm, context)
-    everywhere, more = compute_everywhere(gm, lowered)
+    everywhere, more = compute_everywhere(gm, lowered, context.plan)
     verify(everywhere, "lowered", context.plan)
     state = allocate(context.plan)
     flag = {NOT_FINITE: torch.zeros(1, dtype=torch.int32)}
@@ -97,6 +99,27 @@ def test_a_frame_in_two_parts_is_the_frame():
         assert tensors[MASKS].sum() == 36
         torch.testing.assert_close(list(body(x)), [model(x)])
         assert (tensors[COUNTS][:, 0] > 0).all()
+
+
+def test_an_image_is_read_with_what_fills_it_up():
+    """As in half precision on CUDA, where three channels lie four apart."""
+    model, x = Tiny(lambda m, x: m.a(x).relu(), a=nn.Conv2d(3, 8, 3, padding=1)), whole(1, 3, 6, 6)
+    gm, context = before(plan_state, model, x)
+    plan_state(gm, context)
+    plan = context.plan
+    (name,) = (n for n, slot in plan.slots.items() if slot.shape[1] == 3)
+    wider = dataclasses.replace(plan.slots[name], shape=(1, 4, 6, 6))
+    context.plan = plan = dataclasses.replace(plan, slots={**plan.slots, name: wider})
+    lowered, constants = lower_ops(gm, context)
+    everywhere, more = compute_everywhere(gm, lowered, plan)
+    (call,) = called(everywhere, conv2d_everywhere)
+    (weight,) = (t for key, t in more.items() if key.endswith("weight"))
+    assert weight.shape == (8, 4, 3, 3)
+    assert call.args[2].target == acc_name(name)
+    flag = {NOT_FINITE: torch.zeros(1, dtype=torch.int32)}
+    run = executed(everywhere, {**constants, **more, **allocate(plan), **flag})
+    with torch.no_grad():
+        torch.testing.assert_close(list(run(x)), [model(x)])
 
 
 def test_a_body_that_reads_the_frame_must_not_be_skipped():
