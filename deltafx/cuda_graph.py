@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,6 +37,9 @@ from deltafx.errors import CudaGraphWarning, UnsupportedDeviceError
 from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan, place_name
 
 WARM_UP_FRAMES = 2
+
+_CAPTURING = threading.Lock()
+"""One capture at a time: torch's generator of random numbers takes part in it."""
 
 BRANCHES = ("delta", "dense", "nothing")
 """By their number in csrc/cuda/branch.h."""
@@ -169,7 +173,7 @@ class FrameGraph:
             return
         # A capture that fails leaves its stream the current one.
         current = torch.cuda.stream(torch.cuda.current_stream())
-        with current, torch.inference_mode(False), torch.no_grad():
+        with _CAPTURING, current, torch.inference_mode(False), torch.no_grad():
             self._inputs = [t.clone(memory_format=torch.preserve_format) for t in inputs]
             try:
                 if 1 <= len(self._parts.masks) <= MOST_INPUTS:
