@@ -21,7 +21,7 @@ def raise_ops(gm: fx.GraphModule, context: Context) -> int:
             continue
         rule = RAISE.get(node.target)
         if rule is None:
-            context.refusals[node] = "there is no delta op for it"
+            context.refusals.setdefault(node, "there is no delta op for it")
             continue
         blocked = _blocked(node)
         raised = Refusal(blocked) if blocked else rule(node)
