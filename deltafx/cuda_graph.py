@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, fx
 
 from deltafx.errors import CudaGraphWarning, UnsupportedDeviceError
+from deltafx.ops.encode import is_frame
 from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan
 
 WARM_UP_FRAMES = 2
@@ -286,7 +287,7 @@ class FrameParts:
     Attributes:
         head: Clears the masks, and compares the model's inputs with their accumulators.
         body: All else.
-        masks: The attributes that hold the update masks of the inputs.
+        masks: The attributes that hold the update masks of the inputs, each once.
         may_skip: Whether the body has nothing to do where they are empty: it reads no input itself.
     """
 
@@ -299,13 +300,12 @@ class FrameParts:
 def split_frame(graph: fx.Graph) -> FrameParts:
     """Splits a lowered graph behind the comparisons of its inputs."""
     encodes = [n for n in graph.nodes if _encodes_input(n)]
+    inputs = [n for n in graph.nodes if is_frame(n)]
     return FrameParts(
         head=_part(graph, in_head=True),
         body=_part(graph, in_head=False),
-        masks=tuple(str(n.args[_MASK].target) for n in encodes),
-        may_skip=all(
-            _encodes_input(user) for n in graph.nodes if n.op == "placeholder" for user in n.users
-        ),
+        masks=tuple(dict.fromkeys(str(n.args[_MASK].target) for n in encodes)),
+        may_skip=all(_encodes_input(u) or is_frame(u) for n in inputs for u in n.users),
     )
 
 
@@ -316,8 +316,7 @@ _MASK, _X = (
 
 
 def _encodes_input(node: fx.Node) -> bool:
-    encodes = node.target is torch.ops.deltafx.encode.default
-    return encodes and node.args[_X].op == "placeholder"  # type: ignore[union-attr]
+    return node.target is torch.ops.deltafx.encode.default and is_frame(node.args[_X])  # type: ignore[arg-type]
 
 
 def _part(graph: fx.Graph, *, in_head: bool) -> fx.Graph:
@@ -327,7 +326,9 @@ def _part(graph: fx.Graph, *, in_head: bool) -> fx.Graph:
         next(iter(reversed(made.nodes))).args = ((),)
     for node in reversed(made.nodes):
         first = node.target is torch.ops.deltafx.clear_masks.default or _encodes_input(node)
-        if node.op == "call_function" and first != in_head:
+        # A picture of a clip is a view: it goes where it is read.
+        elsewhere = not node.users if is_frame(node) else first != in_head
+        if node.op == "call_function" and elsewhere:
             made.erase_node(node)
     for node in list(made.nodes):
         if node.op == "get_attr" and not node.users:

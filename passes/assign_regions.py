@@ -79,7 +79,9 @@ def _insert_encodes(gm: fx.GraphModule, context: Context) -> None:
             node.replace_input_with(source, encodes[source])
 
 
-def insert_encode(gm: fx.GraphModule, context: Context, source: fx.Node, before: fx.Node) -> fx.Node:
+def insert_encode(
+    gm: fx.GraphModule, context: Context, source: fx.Node, before: fx.Node
+) -> fx.Node:
     """Inserts the `encode` of a dense tensor; a frame's is gated in blocks."""
     block = context.config.input_block if is_frame(source) else 1
     call = Call(encode, {"x": source, "block": block})

@@ -121,9 +121,7 @@ def _emit(gm: fx.GraphModule, config: Config) -> Instance:
         if node.op == "call_function" and "val" in node.meta
     )
     frame_inputs = tuple(
-        node.name
-        for node in gm.graph.nodes
-        if node.target is encode and is_frame(node.kwargs["x"])
+        node.name for node in gm.graph.nodes if node.target is encode and is_frame(node.kwargs["x"])
     )
     return Instance(
         graph, constants, context.plan, nodes, frame_inputs, context.counts, gm.meta["out_spec"],

@@ -105,6 +105,7 @@ class _Splitting:
                 self.call(before, aten.select.int, (x, 2, t), f"{x.name}_t{t}", shape, x)
                 for t in range(_length(x))
             ]
+            self.context.refusals |= dict.fromkeys(made, "a view of a picture of a volume")
             self._taken[x] = [insert_encode(self.gm, self.context, p, before) for p in made]
         return self._taken[x]
 
@@ -130,6 +131,17 @@ class _Splitting:
         args = (joined, 1, first * channels, first * channels + length)
         return self.call(before, aten.slice.Tensor, args, name, (n, length, h, w))
 
+    def each(
+        self, before: fx.Node, target: Any, planes: list[fx.Node], args: tuple[Any, ...],
+        shape: Sequence[int],
+    ) -> list[fx.Node]:  # fmt: skip
+        """`target(plane, *args)` for each plane."""
+        name = f"{before.name}_of_t"
+        return [
+            self.call(before, target, (plane, *args), f"{name}{t}", shape)
+            for t, plane in enumerate(planes)
+        ]
+
     def fold(self, target: Any, parts: list[fx.Node], before: fx.Node, name: str) -> fx.Node:
         """`target` of the first two parts, of that and the third, and so on."""
         total = parts[0]
@@ -148,9 +160,10 @@ class _Splitting:
 
     def stack(self, volume: fx.Node) -> fx.Node:
         """A volume of its planes."""
-        shape = value(volume).shape
-        name = f"{volume.name}_stack"
-        return self.call(volume, aten.stack.default, (self.planes[volume], 2), name, shape)
+        shape, args = value(volume).shape, (self.planes[volume], 2)
+        made = self.call(volume, aten.stack.default, args, f"{volume.name}_stack", shape)
+        self.context.refusals[made] = "puts planes together for what has no delta op on volumes"
+        return made
 
 
 def _length(x: fx.Node) -> int:
@@ -243,16 +256,10 @@ def split_pool(work: _Splitting, node: fx.Node) -> Split:
     else:
         target = aten.max_pool2d.default
         args = (*args, dilation[1:], a["ceil_mode"])
-    pooled: dict[int, fx.Node] = {}
+    pooled = work.each(node, target, work.planes[x], args, _plane_shape(node))
     result = []
     for t, found in enumerate(taps):
-        for _, time in found:
-            if time not in pooled:
-                plane = work.planes[x][time]
-                name, shape = f"{node.name}_of_t{time}", _plane_shape(node)
-                pooled[time] = work.call(node, target, (plane, *args), name, shape)
-        parts = [pooled[time] for _, time in found]
-        name = f"{node.name}_t{t}"
+        parts, name = [pooled[time] for _, time in found], f"{node.name}_t{t}"
         if not average:
             result.append(work.fold(aten.maximum.default, parts, node, name))
             continue
@@ -270,13 +277,8 @@ def split_adaptive_pool(work: _Splitting, node: fx.Node) -> Split:
     if not isinstance(x, fx.Node) or x not in work.planes:
         return None
     shape, length, count = _plane_shape(node), _length(x), _length(node)
-    pooled = [
-        work.call(
-            node, aten.adaptive_avg_pool2d.default, (plane, list(shape[2:])),
-            f"{node.name}_of_t{t}", shape,
-        )
-        for t, plane in enumerate(work.planes[x])
-    ]  # fmt: skip
+    target, args = aten.adaptive_avg_pool2d.default, (list(shape[2:]),)
+    pooled = work.each(node, target, work.planes[x], args, shape)
     planes = []
     for t in range(count):
         parts = pooled[t * length // count : -(-(t + 1) * length // count)]
@@ -294,10 +296,7 @@ def split_mean(work: _Splitting, node: fx.Node) -> Split:
     planes = work.planes[x]
     if 3 in dims:
         shape = (*_plane_shape(x)[:2], 1, 1)
-        planes = [
-            work.call(node, aten.mean.dim, (plane, [2, 3], True), f"{node.name}_of_t{t}", shape)
-            for t, plane in enumerate(planes)
-        ]
+        planes = work.each(node, aten.mean.dim, planes, ([2, 3], True), shape)
     if 2 in dims:
         planes = [work.mean(planes, len(planes), node, f"{node.name}_t0")]
     return planes if a["keepdim"] else _reshaped(work, node, planes[0])
@@ -345,10 +344,7 @@ def split_slice(work: _Splitting, node: fx.Node) -> Split:
     if a["dim"] % 5 != 1:
         return None
     cut = (1, a["start"], a["end"], a["step"])
-    return [
-        work.call(node, node.target, (plane, *cut), f"{node.name}_t{t}", _plane_shape(node))
-        for t, plane in enumerate(work.planes[x])
-    ]
+    return work.each(node, node.target, work.planes[x], cut, _plane_shape(node))
 
 
 def split_select(work: _Splitting, node: fx.Node) -> Split:
@@ -370,7 +366,7 @@ def split_norm(work: _Splitting, node: fx.Node) -> Split:
 
 
 def split_pointwise(work: _Splitting, node: fx.Node) -> Split:
-    """`f(x, y)` -> `f(x_t, y_t)`; a volume of one plane, a gate, serves every plane of the other."""
+    """`f(x, y)` -> `f(x_t, y_t)`; a volume of one plane, a gate, serves all of the other."""
     volumes = [n for n in node.all_input_nodes if value(n).dim() > 0 and n.op != "get_attr"]
     if not any(v in work.planes for v in volumes):
         return None
@@ -400,6 +396,7 @@ def _each(work: _Splitting, node: fx.Node, volumes: Sequence[fx.Node]) -> list[f
     parts = {v: work.planes_of(v, node) for v in volumes}
     made = []
     for t in range(_length(node)):
+
         def at(n: fx.Node, t: int = t) -> fx.Node:
             return n if n not in parts else parts[n][t if len(parts[n]) > 1 else 0]
 

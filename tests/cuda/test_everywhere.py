@@ -104,12 +104,12 @@ def test_what_is_not_finite_is_told(bad: float) -> None:
     torch.testing.assert_close(acc, F.relu6(y), equal_nan=True)
 
 
-@pytest.mark.parametrize("op", ["add", "sub", "mul", "div"])
+@pytest.mark.parametrize("op", ["add", "sub", "mul", "div", "maximum"])
 def test_gates(op: str) -> None:
     a = channels_last(torch.randn(2, 24, 5, 6, device="cuda"))
     b = torch.rand(2, 24, 1, 1, device="cuda") + 1
     acc = torch.empty_like(a)
-    binary_everywhere(acc, a, b, op, "relu")
+    binary_everywhere(acc, a, b, op.removesuffix("imum"), "relu")
     assert torch.equal(acc, getattr(torch, op)(a, b).relu())
 
 
