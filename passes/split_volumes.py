@@ -51,8 +51,9 @@ def split_volumes(gm: fx.GraphModule, context: Context) -> int:
         if found is not None:
             done.append(node)
     for node in reversed(done):
-        name = node.name
-        together = work.stack(node) if node.users else None
+        name, together = node.name, work.stack(node) if node.users else None
+        if together is not None:
+            node.replace_all_uses_with(together)
         gm.graph.erase_node(node)
         if together is not None:
             rename(together, name)

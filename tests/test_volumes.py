@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import nn
 
 from tests.nets import Net
 from tests.scenes import Scene, scenes
@@ -13,6 +14,15 @@ from tests.test_invariants import POLICIES, check_bounded, check_exact, examples
 from tests.volume_nets import volume_nets
 
 Made = tuple[Net, tuple[int, ...]]
+
+
+def check_in(
+    dtype: torch.dtype, made: Made, scene: Scene, streams: int, device: torch.device
+) -> None:
+    # torch itself has no 3-D mean of this dtype on the CPU.
+    means = any(isinstance(m, nn.AvgPool3d) for m in made[0].modules())
+    assume(not (means and dtype is torch.bfloat16 and device.type == "cpu"))
+    check_exact(made, scene, streams, dtype, device)
 
 
 @given(made=volume_nets(), scene=scenes(), streams=st.integers(1, 3))
@@ -24,7 +34,7 @@ def test_exact_at_zero(made: Made, scene: Scene, streams: int, device: torch.dev
 @given(made=volume_nets(), scene=scenes(), streams=st.integers(1, 2))
 @examples(15)
 def test_exact_at_zero_bf16(made: Made, scene: Scene, streams: int, device: torch.device) -> None:
-    check_exact(made, scene, streams, torch.bfloat16, device)
+    check_in(torch.bfloat16, made, scene, streams, device)
 
 
 @pytest.mark.slow
@@ -36,7 +46,7 @@ def test_exact_at_zero_bf16(made: Made, scene: Scene, streams: int, device: torc
 def test_exact_at_zero_over_many_nets(
     made: Made, scene: Scene, streams: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    check_exact(made, scene, streams, dtype, device)
+    check_in(dtype, made, scene, streams, device)
 
 
 @given(
