@@ -40,7 +40,7 @@ WARM_UP_FRAMES = 2
 BRANCHES = ("delta", "dense", "nothing")
 """By their number in csrc/cuda/branch.h."""
 
-MOST_INPUTS = 8
+MOST_INPUTS = 32
 """kMostInputs there."""
 
 

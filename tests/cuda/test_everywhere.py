@@ -126,5 +126,5 @@ def test_wrong_arguments_are_told() -> None:
     )
     with pytest.raises(ValueError, match="one or two bodies"):
         torch.ops.deltafx.branch(state, [mask], True, 0.5, [])
-    with pytest.raises(ValueError, match="1 to 8 inputs"):
+    with pytest.raises(ValueError, match="1 to 32 inputs"):
         torch.ops.deltafx.branch(state, [], True, 0.5, [0])
