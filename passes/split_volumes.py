@@ -13,7 +13,7 @@ union over time: more candidates than needed, never fewer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from deltafx.ops import RAISE
 from deltafx.ops.affine import raise_activation
 from deltafx.ops.base import Refusal, arguments, constant, has_kernels, is_map, value
 from deltafx.ops.binary import raise_binary
-from deltafx.passes.assign_regions import insert_encode
 from deltafx.passes.context import Context, add_constant, clean, rename
+from deltafx.passes.volumes import Volumes, length, plane_shape
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ LONGEST = 64
 
 def split_volumes(gm: fx.GraphModule, context: Context) -> int:
     """Splits; returns the number of calls on volumes that vanished."""
-    work = _Splitting(gm, context)
+    work = Volumes(gm, context)
     done: list[fx.Node] = []
     for node in list(gm.graph.nodes):
         rule = _RULES.get(node.target)
@@ -71,111 +71,6 @@ def _may_split(node: fx.Node) -> bool:
     return all(t.shape[2] <= LONGEST for t in tensors if t.dim() == 5)
 
 
-class _Splitting:
-    """The planes found so far, and how nodes are made of them."""
-
-    def __init__(self, gm: fx.GraphModule, context: Context) -> None:
-        self.gm = gm
-        self.context = context
-        self.planes: dict[fx.Node, list[fx.Node]] = {}
-        self._taken: dict[fx.Node, list[fx.Node]] = {}
-        self._joined: dict[tuple[fx.Node, int], fx.Node] = {}
-
-    def call(
-        self,
-        before: fx.Node,
-        target: Any,
-        args: tuple[Any, ...],
-        name: str,
-        shape: Sequence[int],
-        like: fx.Node | None = None,
-    ) -> fx.Node:
-        """Inserts an ATen call; its result has a shape, and the dtype of `like`'s or `before`'s."""
-        with self.gm.graph.inserting_before(before):
-            node = self.gm.graph.create_node("call_function", target, args, name=name)
-        node.meta["val"] = value(like or before).new_empty(tuple(shape))
-        return node
-
-    def planes_of(self, x: fx.Node, before: fx.Node) -> list[fx.Node]:
-        """The planes of a volume; one that comes from elsewhere is taken apart and encoded."""
-        if x in self.planes:
-            return self.planes[x]
-        if x not in self._taken:
-            shape = _plane_shape(x)
-            made = [
-                self.call(before, aten.select.int, (x, 2, t), f"{x.name}_t{t}", shape, x)
-                for t in range(_length(x))
-            ]
-            self.context.refusals |= dict.fromkeys(made, "a view of a picture of a volume")
-            self._taken[x] = [insert_encode(self.gm, self.context, p, before) for p in made]
-        return self._taken[x]
-
-    def window(self, x: fx.Node, times: list[int], step: int, before: fx.Node) -> fx.Node:
-        """The planes at `times`, `step` apart, side by side: a slice of all of them."""
-        planes = self.planes_of(x, before)
-        if len(times) == 1:
-            return planes[times[0]]
-        # So that planes a step apart are neighbours.
-        order = sorted(range(len(planes)), key=lambda t: (t % step, t))
-        n, channels, h, w = _plane_shape(x)
-        if (x, step) not in self._joined:
-            parts = [planes[t] for t in order]
-            shape = (n, len(parts) * channels, h, w)
-            name = f"{x.name}_planes" if step == 1 else f"{x.name}_planes_by_{step}"
-            self._joined[x, step] = self.call(before, aten.cat.default, (parts, 1), name, shape)
-        joined = self._joined[x, step]
-        if len(times) == len(planes):
-            return joined
-        first = order.index(times[0])
-        name = f"{joined.name}_{times[0]}_{times[-1]}"
-        length = len(times) * channels
-        args = (joined, 1, first * channels, first * channels + length)
-        return self.call(before, aten.slice.Tensor, args, name, (n, length, h, w))
-
-    def each(
-        self, before: fx.Node, target: Any, planes: list[fx.Node], args: tuple[Any, ...],
-        shape: Sequence[int],
-    ) -> list[fx.Node]:  # fmt: skip
-        """`target(plane, *args)` for each plane."""
-        name = f"{before.name}_of_t"
-        return [
-            self.call(before, target, (plane, *args), f"{name}{t}", shape)
-            for t, plane in enumerate(planes)
-        ]
-
-    def fold(self, target: Any, parts: list[fx.Node], before: fx.Node, name: str) -> fx.Node:
-        """`target` of the first two parts, of that and the third, and so on."""
-        total = parts[0]
-        for i, part in enumerate(parts[1:], 1):
-            shape = value(total).shape
-            total = self.call(before, target, (total, part), f"{name}_{i}", shape)
-        return total
-
-    def mean(self, parts: list[fx.Node], divisor: int, before: fx.Node, name: str) -> fx.Node:
-        """The sum of the parts over a divisor."""
-        total = self.fold(aten.add.Tensor, parts, before, name)
-        if divisor == 1:
-            return total
-        shape = value(total).shape
-        return self.call(before, aten.div.Scalar, (total, divisor), f"{name}_mean", shape)
-
-    def stack(self, volume: fx.Node) -> fx.Node:
-        """A volume of its planes."""
-        shape, args = value(volume).shape, (self.planes[volume], 2)
-        made = self.call(volume, aten.stack.default, args, f"{volume.name}_stack", shape)
-        self.context.refusals[made] = "puts planes together for what has no delta op on volumes"
-        return made
-
-
-def _length(x: fx.Node) -> int:
-    return int(value(x).shape[2])
-
-
-def _plane_shape(x: fx.Node) -> tuple[int, int, int, int]:
-    n, c, _, h, w = (int(s) for s in value(x).shape)
-    return n, c, h, w
-
-
 def _triple(v: Any) -> list[int]:
     items = [v] if isinstance(v, int) else [int(i) for i in v]
     return items * 3 if len(items) == 1 else items
@@ -185,7 +80,7 @@ Split = list[fx.Node] | fx.Node | Refusal | None
 """The planes of a call's result; or what to replace it with, where that is no volume."""
 
 
-def split_conv(work: _Splitting, node: fx.Node) -> Split:
+def split_conv(work: Volumes, node: fx.Node) -> Split:
     """`aten.conv3d(x, w, b, ...)` -> a `conv2d` a plane."""
     a = arguments(node)
     x, weight = a["input"], constant(a["weight"])
@@ -220,7 +115,7 @@ def split_conv(work: _Splitting, node: fx.Node) -> Split:
             source, weights[first, last], a.get("bias"),
             stride[1:], padding[1:], dilation[1:], a["groups"],
         )  # fmt: skip
-        name, shape = f"{node.name}_t{t}", _plane_shape(node)
+        name, shape = f"{node.name}_t{t}", plane_shape(node)
         planes.append(work.call(node, aten.conv2d.default, args, name, shape))
     return planes
 
@@ -231,12 +126,12 @@ def _taps(
     """By output plane, its taps in time that lie in the clip, each with the time that it reads."""
     reads = [
         [(k, t * stride - padding + k * dilation) for k in range(kernel)]
-        for t in range(_length(node))
+        for t in range(length(node))
     ]
-    return [[(k, time) for k, time in row if 0 <= time < _length(x)] for row in reads]
+    return [[(k, time) for k, time in row if 0 <= time < length(x)] for row in reads]
 
 
-def split_pool(work: _Splitting, node: fx.Node) -> Split:
+def split_pool(work: Volumes, node: fx.Node) -> Split:
     """`aten.max_pool3d(x, ...)` -> a `max_pool2d` a plane, then their maximum in each window."""
     a = arguments(node)
     x = a["self"]
@@ -257,7 +152,7 @@ def split_pool(work: _Splitting, node: fx.Node) -> Split:
     else:
         target = aten.max_pool2d.default
         args = (*args, dilation[1:], a["ceil_mode"])
-    pooled = work.each(node, target, work.planes[x], args, _plane_shape(node))
+    pooled = work.each(node, target, work.planes[x], args, plane_shape(node))
     result = []
     for t, found in enumerate(taps):
         parts, name = [pooled[time] for _, time in found], f"{node.name}_t{t}"
@@ -266,28 +161,28 @@ def split_pool(work: _Splitting, node: fx.Node) -> Split:
             continue
         # A window over the end of the padded clip (`ceil_mode`) is cut there.
         begin = t * stride[0] - padding[0]
-        whole = min(begin + kernel[0], _length(x) + padding[0]) - begin
+        whole = min(begin + kernel[0], length(x) + padding[0]) - begin
         counted = 1 if divisor else whole if a["count_include_pad"] else len(parts)
         result.append(work.mean(parts, counted, node, name))
     return result
 
 
-def split_adaptive_pool(work: _Splitting, node: fx.Node) -> Split:
+def split_adaptive_pool(work: Volumes, node: fx.Node) -> Split:
     """`aten.adaptive_avg_pool3d(x, size)` -> a pool a plane, then means over planes."""
     x = node.args[0]
     if not isinstance(x, fx.Node) or x not in work.planes:
         return None
-    shape, length, count = _plane_shape(node), _length(x), _length(node)
+    shape, given, count = plane_shape(node), length(x), length(node)
     target, args = aten.adaptive_avg_pool2d.default, (list(shape[2:]),)
     pooled = work.each(node, target, work.planes[x], args, shape)
     planes = []
     for t in range(count):
-        parts = pooled[t * length // count : -(-(t + 1) * length // count)]
+        parts = pooled[t * given // count : -(-(t + 1) * given // count)]
         planes.append(work.mean(parts, len(parts), node, f"{node.name}_t{t}"))
     return planes
 
 
-def split_mean(work: _Splitting, node: fx.Node) -> Split:
+def split_mean(work: Volumes, node: fx.Node) -> Split:
     """`aten.mean(x, dims)` over the pictures, their sites, or both."""
     a = arguments(node)
     x, dims = a["self"], sorted(d % 5 for d in a["dim"] or [])
@@ -296,14 +191,14 @@ def split_mean(work: _Splitting, node: fx.Node) -> Split:
         return None
     planes = work.planes[x]
     if 3 in dims:
-        shape = (*_plane_shape(x)[:2], 1, 1)
+        shape = (*plane_shape(x)[:2], 1, 1)
         planes = work.each(node, aten.mean.dim, planes, ([2, 3], True), shape)
     if 2 in dims:
         planes = [work.mean(planes, len(planes), node, f"{node.name}_t0")]
     return planes if a["keepdim"] else _reshaped(work, node, planes[0])
 
 
-def split_reshape(work: _Splitting, node: fx.Node) -> Split:
+def split_reshape(work: Volumes, node: fx.Node) -> Split:
     """A volume of one plane in another shape is that plane in it."""
     x = node.args[0]
     if not isinstance(x, fx.Node) or len(work.planes.get(x, [])) != 1:
@@ -311,14 +206,14 @@ def split_reshape(work: _Splitting, node: fx.Node) -> Split:
     return _reshaped(work, node, work.planes[x][0])
 
 
-def _reshaped(work: _Splitting, node: fx.Node, plane: fx.Node) -> fx.Node:
+def _reshaped(work: Volumes, node: fx.Node, plane: fx.Node) -> fx.Node:
     shape = [int(s) for s in value(node).shape]
     if shape == list(value(plane).shape):
         return plane
     return work.call(node, aten.reshape.default, (plane, shape), f"{node.name}_of_plane", shape)
 
 
-def split_cat(work: _Splitting, node: fx.Node) -> Split:
+def split_cat(work: Volumes, node: fx.Node) -> Split:
     """`aten.cat([x, y], dim)` over channels, plane by plane, or over pictures."""
     a = arguments(node)
     volumes = list(a["tensors"])
@@ -329,12 +224,12 @@ def split_cat(work: _Splitting, node: fx.Node) -> Split:
     if a["dim"] % 5 == 2:
         return [plane for planes in parts for plane in planes]
     return [
-        work.call(node, aten.cat.default, (list(ps), 1), f"{node.name}_t{t}", _plane_shape(node))
+        work.call(node, aten.cat.default, (list(ps), 1), f"{node.name}_t{t}", plane_shape(node))
         for t, ps in enumerate(zip(*parts, strict=True))
     ]
 
 
-def split_slice(work: _Splitting, node: fx.Node) -> Split:
+def split_slice(work: Volumes, node: fx.Node) -> Split:
     """`aten.slice(x, dim, ...)` over channels, plane by plane, or over pictures."""
     a = arguments(node)
     x = a["self"]
@@ -345,10 +240,10 @@ def split_slice(work: _Splitting, node: fx.Node) -> Split:
     if a["dim"] % 5 != 1:
         return None
     cut = (1, a["start"], a["end"], a["step"])
-    return work.each(node, node.target, work.planes[x], cut, _plane_shape(node))
+    return work.each(node, node.target, work.planes[x], cut, plane_shape(node))
 
 
-def split_select(work: _Splitting, node: fx.Node) -> Split:
+def split_select(work: Volumes, node: fx.Node) -> Split:
     """`aten.select(x, 2, t)` -> the plane."""
     a = arguments(node)
     if a["self"] not in work.planes or a["dim"] % 5 != 2:
@@ -356,31 +251,38 @@ def split_select(work: _Splitting, node: fx.Node) -> Split:
     return work.planes[a["self"]][a["index"]]
 
 
-def split_norm(work: _Splitting, node: fx.Node) -> Split:
+def split_norm(work: Volumes, node: fx.Node) -> Split:
     """`aten.batch_norm(x, ...)` in eval mode -> one a plane."""
-    a = arguments(node)
-    if a["input"] not in work.planes:
-        return None
-    if a["training"]:
+    if arguments(node)["training"]:
         return Refusal("this batch norm uses the statistics of the batch")
-    return _each(work, node, (a["input"],))
+    return split_pointwise(work, node)
 
 
-def split_pointwise(work: _Splitting, node: fx.Node) -> Split:
+def split_pointwise(work: Volumes, node: fx.Node) -> Split:
     """`f(x, y)` -> `f(x_t, y_t)`; a volume of one plane, a gate, serves all of the other."""
     volumes = [n for n in node.all_input_nodes if value(n).dim() > 0 and n.op != "get_attr"]
     if not any(v in work.planes for v in volumes):
         return None
-    if not all(is_map(v, 5) and _length(v) in (1, _length(node)) for v in volumes):
+    if not all(is_map(v, 5) and length(v) in (1, length(node)) for v in volumes):
         return Refusal("an operand of this call is not [N, C, T, H, W]")
-    if node.target != aten.prelu.default:
-        for operand in node.all_input_nodes:
-            if operand.op == "get_attr" and not _follow_planes(work, node, operand):
-                return Refusal("a constant of this call differs from picture to picture")
-    return _each(work, node, volumes)
+    for operand in node.all_input_nodes:
+        if operand.op == "get_attr" and not _follow_planes(work, node, operand):
+            return Refusal("a constant of this call differs from picture to picture")
+    parts = {v: work.planes_of(v, node) for v in volumes}
+    made = []
+    for t in range(length(node)):
+
+        def at(n: fx.Node, t: int = t) -> fx.Node:
+            return parts[n][t if len(parts[n]) > 1 else 0] if n in parts else n
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), at)
+        plane = work.call(node, node.target, args, f"{node.name}_t{t}", plane_shape(node))
+        plane.kwargs = kwargs
+        made.append(plane)
+    return made
 
 
-def _follow_planes(work: _Splitting, node: fx.Node, operand: fx.Node) -> bool:
+def _follow_planes(work: Volumes, node: fx.Node, operand: fx.Node) -> bool:
     """Drops the axis of time of a constant that broadcasts over it; tells whether it does."""
     held = constant(operand)
     assert held is not None
@@ -392,23 +294,7 @@ def _follow_planes(work: _Splitting, node: fx.Node, operand: fx.Node) -> bool:
     return True
 
 
-def _each(work: _Splitting, node: fx.Node, volumes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The call on each plane of its volumes."""
-    parts = {v: work.planes_of(v, node) for v in volumes}
-    made = []
-    for t in range(_length(node)):
-
-        def at(n: fx.Node, t: int = t) -> fx.Node:
-            return n if n not in parts else parts[n][t if len(parts[n]) > 1 else 0]
-
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), at)
-        plane = work.call(node, node.target, args, f"{node.name}_t{t}", _plane_shape(node))
-        plane.kwargs = kwargs
-        made.append(plane)
-    return made
-
-
-_RULES: dict[Any, Callable[[_Splitting, fx.Node], Split]] = {
+_RULES: dict[Any, Callable[[Volumes, fx.Node], Split]] = {
     aten.conv3d.default: split_conv,
     aten.conv3d.padding: split_conv,
     aten.max_pool3d.default: split_pool,

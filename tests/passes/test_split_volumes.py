@@ -50,24 +50,26 @@ CONVS = {
     "with gaps": {"shape": (3, 1, 1), "stride": (4, 1, 1), "padding": (1, 0, 0)},
     "dilated": {"shape": (3, 3, 1), "dilation": (2, 2, 1), "padding": (2, 0, 0)},
     "wide in time": {"shape": (7, 1, 1), "padding": (3, 0, 0)},
-    "grouped": {"shape": (1, 3, 3), "groups": 1, "bias": False},
+    "without a bias": {"shape": (3, 3, 3), "bias": False},
     "same": {"shape": (3, 5, 1), "padding": "same"},
     "valid": {"shape": (2, 1, 3), "padding": "valid"},
 }
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7])
-@pytest.mark.parametrize("name", CONVS)
+LEAST = {"no padding": 3, "without a bias": 3, "even": 2, "valid": 2}
+"""Pictures of a clip, where one is too few for any output."""
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [(name, t) for name in CONVS for t in (1, 2, 3, 7) if t >= LEAST.get(name, 1)],
+)
 def test_convolutions(name, length):
     kwargs = dict(CONVS[name])
     model, x = conv(*kwargs.pop("shape"), **kwargs), clip(length)
-    try:
-        out = model(x)
-    except RuntimeError:
-        pytest.skip("no output of so short a clip")
     gm, count = rewritten(split_volumes, model, x)
     assert count == 1
-    assert calls(gm).count("conv2d") == out.shape[2]
+    assert calls(gm).count("conv2d") == model(x).shape[2]
     assert volume_calls(gm) == ["stack"]
 
 
