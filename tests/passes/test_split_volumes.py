@@ -48,7 +48,7 @@ CONVS = {
     "even": {"shape": (2, 2, 2), "stride": 2},
     "strided": {"shape": (3, 3, 3), "stride": (3, 2, 1), "padding": (1, 0, 1)},
     "with gaps": {"shape": (3, 1, 1), "stride": (4, 1, 1), "padding": (1, 0, 0)},
-    "dilated": {"shape": (3, 3, 1), "dilation": (2, 2, 1), "padding": (2, 0, 0)},
+    "dilated": {"shape": (3, 2, 2), "dilation": (2, 2, 1), "padding": (2, 0, 0)},
     "wide in time": {"shape": (7, 1, 1), "padding": (3, 0, 0)},
     "without a bias": {"shape": (3, 3, 3), "bias": False},
     "same": {"shape": (3, 5, 1), "padding": "same"},
