@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.exactness import exact_over
 from tests.nets import Net
 from tests.scenes import Scene, scenes
 from tests.test_invariants import POLICIES, check_bounded, check_exact, examples
@@ -58,3 +59,13 @@ def test_bounded(
     made: Made, scene: Scene, threshold: float, policy: str, block: int, device: torch.device
 ) -> None:
     check_bounded(made, scene, threshold, policy, block, torch.float32, device)
+
+
+@given(made=volume_nets(), streams=st.integers(1, 2))
+@examples(8)
+def test_through_torch_compile(made: Made, streams: int, device: torch.device) -> None:
+    net, shape = made[0].to(device), made[1]
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="deltafx", options={"threshold": 0})
+    exact_over(net, compiled, [torch.randn(streams, *shape, device=device) for _ in range(3)])
+    torch.compiler.reset()
