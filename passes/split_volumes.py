@@ -62,13 +62,9 @@ def split_volumes(gm: fx.GraphModule, context: Context) -> int:
 
 
 def _may_split(node: fx.Node) -> bool:
-    family = [node, *node.all_input_nodes]
-    tensors = [t for t in (n.meta.get("val") for n in family) if isinstance(t, Tensor)]
-    if any(n.meta.get("mutated") for n in family) or not isinstance(node.meta["val"], Tensor):
-        return False
-    if value(node).numel() == 0 or not has_kernels(value(node)):
-        return False
-    return all(t.shape[2] <= LONGEST for t in tensors if t.dim() == 5)
+    mutated = any(n.meta.get("mutated") for n in (node, *node.all_input_nodes))
+    val = node.meta["val"]
+    return not mutated and isinstance(val, Tensor) and val.numel() > 0 and has_kernels(val)
 
 
 def _triple(v: Any) -> list[int]:
@@ -86,6 +82,8 @@ def split_conv(work: Volumes, node: fx.Node) -> Split:
     x, weight = a["input"], constant(a["weight"])
     if not is_map(x, 5):
         return Refusal("the input of this convolution is not [N, C, T, H, W]")
+    if max(length(x), length(node)) > LONGEST:
+        return Refusal(f"a volume of more than {LONGEST} pictures")
     if weight is None or (a.get("bias") is not None and constant(a["bias"]) is None):
         return Refusal("the weight of this convolution is computed by the model")
     kernel, stride, dilation = (

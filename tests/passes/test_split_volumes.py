@@ -181,6 +181,7 @@ STAYS = {
         lambda m, x: F.conv3d(x, m.conv.weight[:, :, :2], padding="same"), "not symmetric"
     ),
     "beyond the clip": (lambda m, x: F.conv3d(x, m.conv.weight, padding=(3, 0, 0)), "no picture"),
+    "a long clip": (lambda m, x: m.one(x.repeat(1, 1, 17, 1, 1)), "more than 64 pictures"),
     "without a batch": (lambda m, x: m.one(x[0]), "not [N, C, T, H, W]"),
     "double": (lambda m, x: F.conv3d(x.double(), m.one.weight.double()), "no delta op"),
     "batch statistics": (
