@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from deltafx.errors import CudaGraphWarning, UnsupportedDeviceError
+from deltafx.ops.encode import is_frame
 from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan, place_name
 
 WARM_UP_FRAMES = 2
@@ -44,7 +45,7 @@ _CAPTURING = threading.Lock()
 BRANCHES = ("delta", "dense", "nothing")
 """By their number in csrc/cuda/branch.h."""
 
-MOST_INPUTS = 8
+MOST_INPUTS = 32
 """kMostInputs there."""
 
 SQUARE = 16
@@ -348,7 +349,7 @@ class FrameParts:
         head: Clears the masks, and compares the model's inputs with their accumulators.
         body: All else.
         inputs: The attributes that hold the accumulators of the inputs.
-        masks: Those that hold their update masks.
+        masks: Those that hold their update masks, each once.
         may_skip: Whether the body has nothing to do where they are empty: it reads no input itself.
     """
 
@@ -362,14 +363,13 @@ class FrameParts:
 def split_frame(graph: fx.Graph) -> FrameParts:
     """Splits a lowered graph behind the comparisons of its inputs."""
     encodes = [n for n in graph.nodes if _encodes_input(n)]
+    inputs = [n for n in graph.nodes if is_frame(n)]
     return FrameParts(
         head=_part(graph, in_head=True),
         body=_part(graph, in_head=False),
         inputs=tuple(str(n.args[_ACC].target) for n in encodes),
-        masks=tuple(str(n.args[_MASK].target) for n in encodes),
-        may_skip=all(
-            _encodes_input(user) for n in graph.nodes if n.op == "placeholder" for user in n.users
-        ),
+        masks=tuple(dict.fromkeys(str(n.args[_MASK].target) for n in encodes)),
+        may_skip=all(_encodes_input(u) or is_frame(u) for n in inputs for u in n.users),
     )
 
 
@@ -380,8 +380,7 @@ _ACC, _MASK, _X = (
 
 
 def _encodes_input(node: fx.Node) -> bool:
-    encodes = node.target is torch.ops.deltafx.encode.default
-    return encodes and node.args[_X].op == "placeholder"  # type: ignore[union-attr]
+    return node.target is torch.ops.deltafx.encode.default and is_frame(node.args[_X])  # type: ignore[arg-type]
 
 
 def _part(graph: fx.Graph, *, in_head: bool) -> fx.Graph:
@@ -391,7 +390,9 @@ def _part(graph: fx.Graph, *, in_head: bool) -> fx.Graph:
         next(iter(reversed(made.nodes))).args = ((),)
     for node in reversed(made.nodes):
         first = node.target is torch.ops.deltafx.clear_masks.default or _encodes_input(node)
-        if node.op == "call_function" and first != in_head:
+        # A picture of a clip is a view: it goes where it is read.
+        elsewhere = not node.users if is_frame(node) else first != in_head
+        if node.op == "call_function" and elsewhere:
             made.erase_node(node)
     for node in list(made.nodes):
         if node.op == "get_attr" and not node.users:

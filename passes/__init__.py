@@ -25,12 +25,14 @@ from deltafx.passes.lift_layouts import lift_layouts
 from deltafx.passes.match_shuffles import match_shuffles
 from deltafx.passes.plan_state import plan_state
 from deltafx.passes.raise_ops import raise_ops
+from deltafx.passes.split_volumes import split_volumes
 from deltafx.verify import verify
 
 Pass = Callable[[fx.GraphModule, Context], int]
 
 PIPELINE: tuple[tuple[Pass, str], ...] = (
     (fold_constants, "normalized"),  # must run first: the others look for constants
+    (split_volumes, "normalized"),  # must run before whatever looks for feature maps
     (lift_layouts, "normalized"),
     (match_shuffles, "normalized"),
     (raise_ops, "raised"),

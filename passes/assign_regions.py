@@ -14,7 +14,7 @@ from torch import fx
 
 from deltafx.ops import delta_op, is_view
 from deltafx.ops.base import Call, value
-from deltafx.ops.encode import encode
+from deltafx.ops.encode import encode, is_frame
 from deltafx.ops.gather_channels import gather_channels
 from deltafx.ops.pad2d import pad2d
 from deltafx.passes.context import Context, insert_call, only_user
@@ -73,14 +73,19 @@ def _insert_encodes(gm: fx.GraphModule, context: Context) -> None:
             if _is_delta(source):
                 continue
             if source not in encodes:
-                frame = source.op == "placeholder"
-                block = context.config.input_block if frame else 1
-                before = inputs[-1].next if frame else source.next
-                call = Call(encode, {"x": source, "block": block})
-                new = insert_call(gm, call, before, value(source), f"{source.name}_encoded")
-                new.meta["delta"] = True
-                encodes[source] = new
+                before = inputs[-1].next if source.op == "placeholder" else source.next
+                encodes[source] = insert_encode(gm, context, source, before)
+                encodes[source].meta["delta"] = True
             node.replace_input_with(source, encodes[source])
+
+
+def insert_encode(
+    gm: fx.GraphModule, context: Context, source: fx.Node, before: fx.Node
+) -> fx.Node:
+    """Inserts the `encode` of a dense tensor; a frame's is gated in blocks."""
+    block = context.config.input_block if is_frame(source) else 1
+    call = Call(encode, {"x": source, "block": block})
+    return insert_call(gm, call, before, value(source), f"{source.name}_encoded")
 
 
 def _truncates(node: fx.Node) -> bool:

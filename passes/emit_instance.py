@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deltafx.config import Config
 from deltafx.ops import delta_op, is_view
 from deltafx.ops.base import value
-from deltafx.ops.encode import encode
+from deltafx.ops.encode import encode, is_frame
 from deltafx.passes import run_pipeline
 from deltafx.passes.compute_everywhere import compute_everywhere
 from deltafx.passes.context import Context
@@ -121,9 +121,7 @@ def _emit(gm: fx.GraphModule, config: Config) -> Instance:
         if node.op == "call_function" and "val" in node.meta
     )
     frame_inputs = tuple(
-        node.name
-        for node in gm.graph.nodes
-        if node.target is encode and node.kwargs["x"].op == "placeholder"
+        node.name for node in gm.graph.nodes if node.target is encode and is_frame(node.kwargs["x"])
     )
     return Instance(
         graph, constants, context.plan, nodes, frame_inputs, context.counts, gm.meta["out_spec"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from deltafx.ops import RAISE, delta_op, is_view
-from deltafx.ops.base import Refusal, has_kernels
+from deltafx.ops.base import Call, Raised, Refusal, has_kernels
 from deltafx.passes.context import Context, clean, replace
 
 
@@ -21,17 +21,16 @@ def raise_ops(gm: fx.GraphModule, context: Context) -> int:
             continue
         rule = RAISE.get(node.target)
         if rule is None:
-            context.refusals[node] = "there is no delta op for it"
-            continue
-        blocked = _blocked(node)
-        raised = Refusal(blocked) if blocked else rule(node)
-        if isinstance(raised, Refusal):
-            context.refusals[node] = raised.reason
-        elif raised is None:
-            context.refusals[node] = "there is no delta op for it"
+            raised: Raised = None
         else:
+            blocked = _blocked(node)
+            raised = Refusal(blocked) if blocked else rule(node)
+        if isinstance(raised, Call):
             replace(gm, node, raised)
             count += 1
+            continue
+        reason = raised.reason if raised else "there is no delta op for it"
+        context.refusals.setdefault(node, reason)  # an earlier pass may know more
     clean(gm)
     return count
 

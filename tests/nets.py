@@ -207,6 +207,7 @@ def add_binary(w: Wiring, i: int) -> None:
     name, function = w.pick([
         ("add", torch.add), ("add", torch.add), ("add relu", lambda a, b: F.relu(a + b)),
         ("sub", torch.sub), ("mul", torch.mul), ("div", lambda a, b: a / (1 + b.sigmoid())),
+        ("max", torch.maximum),
     ])  # fmt: skip
     w.add(Apply(name, function), i, w.pick(w.like(i, slice(None))))
 
@@ -284,7 +285,7 @@ STEPS = [
 def randomize(model: nn.Module) -> nn.Module:
     """Random statistics and weights for all norms, so that none is the identity."""
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d)):
             m.running_mean.normal_(0, 0.5)
             m.running_var.uniform_(0.3, 2)
             m.weight.data.uniform_(-0.5, 1.5)

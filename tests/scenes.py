@@ -29,7 +29,7 @@ class Scene:
         self, streams: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-        """The events with their frames [N, C, H, W]; a NaN lasts for its frame only."""
+        """The events with their frames, of any dimensions; a NaN lasts for its frame only."""
         random = torch.Generator().manual_seed(self.seed)
 
         def noise(*size: int) -> Tensor:
@@ -40,10 +40,10 @@ class Scene:
         for event in self.events:
             frame = frame.clone()
             shown = frame
-            y, x = (int(torch.randint(s, (1,), generator=random)) for s in shape[1:])
-            box = (slice(y, y + 4), slice(x, x + 4))
+            corner = [int(torch.randint(s, (1,), generator=random)) for s in shape[1:]]
+            box = (slice(None), *(slice(i, i + 4) for i in corner))
             if event == "box":
-                patch = frame[0, :, box[0], box[1]]
+                patch = frame[0][box]
                 patch.copy_(noise(*patch.shape))
             elif event == "noise":
                 frame += 0.05 * noise(*frame.shape)
@@ -51,7 +51,7 @@ class Scene:
                 frame = shown = noise(streams, *shape)
             elif event == "nan":
                 shown = frame.clone()
-                shown[-1, :, box[0], box[1]] = float("nan")
+                shown[-1][box] = float("nan")
             yield event, shown.to(device, dtype)
 
 

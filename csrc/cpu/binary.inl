@@ -48,6 +48,8 @@ inline void binary(const BinaryParams& p) {
             return combine([](Vec u, Vec v) { return u * v; });
           case BinaryOp::div:
             return combine([](Vec u, Vec v) { return u / v; });
+          case BinaryOp::max:  // a NaN on either side is one in the result
+            return combine([](Vec u, Vec v) { return select((u > v) | (u != u), u, v); });
         }
       });
 }

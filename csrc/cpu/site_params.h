@@ -39,7 +39,7 @@ struct LayerNormParams {
   float eps;
 };
 
-enum class BinaryOp : int { add, sub, mul, div };
+enum class BinaryOp : int { add, sub, mul, div, max };
 
 // Element (n, site of the stream, c) lies at data + n * stride_n + site * stride_site + c *
 // stride_c, in elements. A broadcast axis has stride 0.

@@ -28,6 +28,9 @@ __device__ __forceinline__ void load_operand(const Operand& operand, bool aligne
   for (int i = 1; i < kVector; ++i) v[i] = v[0];
 }
 
+// A NaN on either side is one in the result.
+__device__ __forceinline__ float max_of(float a, float b) { return a > b || a != a ? a : b; }
+
 struct Binary {
   Operand a, b;
   bool a_aligned, b_aligned;
@@ -45,7 +48,8 @@ struct Binary {
       y[i] = op == BinaryOp::add   ? y[i] + v[i]
              : op == BinaryOp::sub ? y[i] - v[i]
              : op == BinaryOp::mul ? y[i] * v[i]
-                                   : __fdiv_rn(y[i], v[i]);
+             : op == BinaryOp::div ? __fdiv_rn(y[i], v[i])
+                                   : max_of(y[i], v[i]);
   }
 };
 

@@ -10,7 +10,7 @@
 
 namespace deltafx::cuda {
 
-constexpr int kMostInputs = 8;
+constexpr int kMostInputs = 32;
 constexpr int kSquare = 16;  // sites a side
 
 // What the decision leaves on the device: `choice` for whoever asks what was done.

@@ -1,5 +1,6 @@
-// deltafx::binary: add, sub, mul or div of two feature maps, or of a feature map and a gate that is
-// broadcast over space, over channels, or over both. An active gate makes its stream a candidate.
+// deltafx::binary: add, sub, mul, div or max of two feature maps, or of a feature map and a gate
+// that is broadcast over space, over channels, or over both. An active gate makes its stream a
+// candidate.
 #include "ops/dispatch.h"
 #include "ops/schema.h"
 
@@ -10,9 +11,10 @@ BinaryOp op_of(c10::string_view op) {
   if (op == "add") return BinaryOp::add;
   if (op == "sub") return BinaryOp::sub;
   if (op == "mul") return BinaryOp::mul;
-  TORCH_CHECK_VALUE(op == "div", "deltafx: op must be 'add', 'sub', 'mul' or 'div', not '", op,
-                    "'");
-  return BinaryOp::div;
+  if (op == "div") return BinaryOp::div;
+  TORCH_CHECK_VALUE(op == "max", "deltafx: op must be 'add', 'sub', 'mul', 'div' or 'max', not '",
+                    op, "'");
+  return BinaryOp::max;
 }
 
 // t: of at most 4 axes, each of the accumulator's size or 1, height and width alike.

@@ -1,4 +1,4 @@
-"""binary: y = act(a op b) for add, sub, mul and div.
+"""binary: y = act(a op b) for add, sub, mul, div and max.
 
 Each operand has the output's shape, or is a gate: [N, C, 1, 1], [N, 1, H, W] or one value. When a
 site of a gate over space moves, every site of that stream is a candidate. A constant operand that
@@ -35,6 +35,7 @@ _FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "sub": operator.sub,
     "mul": operator.mul,
     "div": operator.truediv,
+    "max": torch.maximum,
 }
 
 
@@ -51,7 +52,7 @@ def binary(
     Args:
         a: Broadcasts to [N, C, H, W].
         b: Broadcasts to [N, C, H, W].
-        op: `"add"`, `"sub"`, `"mul"` or `"div"`.
+        op: `"add"`, `"sub"`, `"mul"`, `"div"` or `"max"`.
         act: The activation's name.
         act_params: Its numbers.
         act_weight: [C], for `prelu`.
@@ -111,6 +112,8 @@ def _raise_constant(
     k = per_channel(left if left is not None else right, channels)
     if k is None:
         return Refusal(f"the constant of this {op} differs from site to site")
+    if op == "max":
+        return Refusal("the maximum of a feature map and a constant is not a delta op")
     ones = torch.ones_like(k)
     if op == "add":
         return Call(affine, {"x": x, "shift": k})
@@ -132,6 +135,8 @@ _OPS = {
     aten.sub.Tensor: "sub",
     aten.mul.Tensor: "mul",
     aten.div.Tensor: "div",
+    aten.maximum.default: "max",
+    aten.max.other: "max",
     aten.add.Scalar: "add",
     aten.sub.Scalar: "sub",
     aten.rsub.Scalar: "sub",

@@ -20,6 +20,7 @@ _OUT: dict[str, Callable[..., Tensor]] = {
     "sub": torch.sub,
     "mul": torch.mul,
     "div": torch.div,
+    "max": torch.maximum,
 }
 
 
@@ -120,7 +121,7 @@ def binary_everywhere(acc: Tensor, a: Tensor, b: Tensor, op: str, act: str) -> N
         acc: [N, C, H, W]; written.
         a: Broadcasts to it.
         b: Likewise.
-        op: `"add"`, `"sub"`, `"mul"` or `"div"`.
+        op: `"add"`, `"sub"`, `"mul"`, `"div"` or `"max"`.
         act: Name.
     """
     _OUT[op](a, b, out=acc)

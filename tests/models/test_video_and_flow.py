@@ -1,7 +1,7 @@
 """Every video and optical flow model of torchvision at threshold 0, over six frames.
 
-Of the video models 3-D convolutions and attention run dense, which `explain` tells; RAFT's encoders
-and its update block, call by call, are delta regions.
+The video CNNs are delta; of the transformers attention runs dense, which `explain` tells. RAFT's
+encoders and its update block, call by call, are delta regions.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ def test_video_models(name: str) -> None:
     for frame in frames:
         oracle.compare(compiled(frame), frame)
     oracle.check()
-    table = str(compiled.explain())
-    assert "there is no delta op for it" in table or "is not [N, C, H, W]" in table
+    told = compiled.explain()
+    if name.startswith(("mvit", "swin3d")):
+        assert "there is no delta op for it" in str(told)
+    else:
+        assert told.delta_share >= 0.95
 
 
 @pytest.mark.parametrize("name", marked(FLOW))

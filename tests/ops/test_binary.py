@@ -23,7 +23,7 @@ def candidates_of(masks, n, h, w):
 @sweep
 def test_two_maps(dtype, channels, pattern, device):
     for i, size in rotated(list(enumerate(SIZES)), 2, channels, pattern):
-        op = ("add", "sub", "mul")[i]
+        op = ("add", "sub", "max")[i]
         masks = {"a": make_mask(pattern, 2, *size), "b": make_mask("one", 2, *size)}
         kwargs = {
             "a": torch.randn(2, channels, *size),
@@ -43,7 +43,7 @@ def test_broadcast(a, b, dtype, device):
         shapes = [KINDS[kind](n, channels, h, w) for kind in (a, b)]
         if torch.broadcast_shapes(*shapes) != (n, channels, h, w):
             continue
-        for pattern, op in zip(("empty", "one", "random"), ("add", "mul", "div"), strict=True):
+        for pattern, op in zip(("empty", "one", "random"), ("max", "mul", "div"), strict=True):
             masks = [make_mask(pattern, shape[0], *shape[2:]) for shape in shapes]
             kwargs = {"a": torch.randn(shapes[0]), "b": torch.rand(shapes[1]) + 0.5, "op": op}
             found = candidates_of(masks, n, h, w)
@@ -69,6 +69,7 @@ def test_lost_state_and_nan(dtype, device):
     masks = {"a": full, "b": full}
     check(OP, {"a": a, "b": b, "op": "add"}, masks, full, dtype, device, lost=True)
     check(OP, {"a": a, "b": b, "op": "mul"}, masks, full, dtype, device)
+    check(OP, {"a": a, "b": b, "op": "max"}, masks, full, dtype, device)
 
 
 def test_opcheck(device):

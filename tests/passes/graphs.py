@@ -35,7 +35,7 @@ class Tiny(nn.Module):
         for m in self.modules():
             for p in m.parameters(recurse=False):
                 p.data = whole(*p.shape)
-            if isinstance(m, nn.BatchNorm2d):
+            if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d)):
                 m.eps = 0.25
                 m.running_mean = whole(m.num_features)
                 m.running_var = 4.0 ** torch.randint(0, 2, (m.num_features,)) - m.eps

@@ -122,6 +122,32 @@ def test_an_image_is_read_with_what_fills_it_up():
         torch.testing.assert_close(list(run(x)), [model(x)])
 
 
+def clip_net(f):
+    return Tiny(f, a=nn.Conv3d(2, 3, 3, padding=1), b=nn.Conv3d(3, 2, (1, 3, 3)))
+
+
+def test_a_clip_is_compared_picture_by_picture():
+    model, x = clip_net(lambda m, x: m.b(m.a(x).relu()).mean((2, 3, 4))), whole(1, 2, 4, 6, 4)
+    lowered, everywhere, tensors = everywhere_of(model, x)
+    parts = split_frame(lowered)
+    assert parts.may_skip
+    assert parts.masks == ("mask_input_0_planes",)
+    with torch.no_grad():
+        for run in (fx.GraphModule(tensors, lowered), executed(everywhere, tensors)):
+            torch.testing.assert_close(list(run(x)), [model(x)])
+
+
+def test_a_body_may_read_a_picture_of_the_frame():
+    model = clip_net(lambda m, x: (m.a(x), x[:, :, 1].cumsum(-1)))
+    lowered, _, tensors = everywhere_of(model, x := whole(1, 2, 4, 6, 4))
+    parts = split_frame(lowered)
+    assert not parts.may_skip
+    head, body = (fx.GraphModule(tensors, graph) for graph in (parts.head, parts.body))
+    with torch.no_grad():
+        head(x)
+        torch.testing.assert_close(list(body(x)), list(model(x)))
+
+
 def test_a_body_that_reads_the_frame_must_not_be_skipped():
     model = Tiny(lambda m, x: m.a(x) + x.cumsum(-1), a=nn.Conv2d(2, 2, 1))
     lowered, _, _ = everywhere_of(model, whole(1, 2, 3, 3))

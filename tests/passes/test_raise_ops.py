@@ -34,6 +34,8 @@ RAISED = {
     "bilinear": lambda m, x: F.interpolate(x, (12, 12), mode="bilinear"),
     "add": lambda m, x: x + x,
     "gate": lambda m, x: x * x.mean((2, 3), keepdim=True),
+    "maximum": lambda m, x: torch.maximum(x, x + 1),
+    "max of two": lambda m, x: torch.max(x, 2 - x),
     "add a number": lambda m, x: x + 3,
     "number minus": lambda m, x: 3 - x,
     "per channel": lambda m, x: x * m.scale,
