@@ -16,3 +16,11 @@ def test_all_results_are_exact():
 
 def test_every_model_has_a_result():
     assert not all_cases().keys() - load().keys()
+
+
+def test_torchvision_keeps_the_limits():
+    found = {name: r for name, r in load().items() if r["family"] == "torchvision"}
+    convolutional = {name: r for name, r in found.items() if r["convolutional"]}
+    assert min(r["share"] for r in convolutional.values()) >= 0.95
+    assert max(r["compile_s"] for r in convolutional.values()) <= 30
+    assert found["resnet50"]["compile_s"] <= 10

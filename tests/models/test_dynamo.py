@@ -13,7 +13,7 @@ CASES = all_cases()
 SPREAD = {
     "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "googlenet",
     "lraspp_mobilenet_v3_large", "timm resnest14d", "timm tf_efficientnet_lite0", "smp FPN",
-    "onnx face detector",
+    "onnx face detector", "ssdlite320_mobilenet_v3_large", "r3d_18",
 }  # fmt: skip
 """For `make test`; the rest are slow."""
 
