@@ -69,8 +69,8 @@ of one stream, with a static frame and, but for flow, a cut.
 - **delta / dense**: nodes with a delta op (or a view of one), and nodes (of `parts`: modules) that
   run as they are.
 - **MACs**: the share of the model's multiply-adds that is in delta ops; of detectors, of those
-  before the RoI heads, whose cut-outs are others in every frame. 3-D convolutions and attention
-  are dense, which `explain()` tells.
+  before the RoI heads, whose cut-outs are others in every frame. What has no delta op, such as
+  attention, is dense, which `explain()` tells.
 - **error**: relative L2 error against float64, over that of the dense model itself (the larger one
   of its two memory formats); up to 2 counts as exact. Of detectors it is the distance of boxes,
   scores, masks and key points, and no more of them may be missed than the dense model misses. RAFT

@@ -21,7 +21,7 @@ FULL_SIZE = ("mvit_", "s3d")
 
 
 class VideoCase(Case):
-    """A model of clips [1, 3, T, H, W]; 3-D convolutions are dense, which `explain` tells."""
+    """A model of clips [1, 3, T, H, W]."""
 
     def load(self) -> nn.Module:
         """The model with batch norm statistics of two clips."""
