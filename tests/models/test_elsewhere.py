@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 import deltafx
-from tests.exactness import Oracle
 from tests.models.catalogue import TIMM, onnx_cases, smp_cases, timm_cases
-from tests.models.frames import scene
 
 CASES = {case.name: case for case in timm_cases() + smp_cases() + onnx_cases()}
 
@@ -33,9 +31,9 @@ def test_as_exact_as_the_dense_model(name: str) -> None:
     case = CASES[name]
     model = case.load()
     compiled = deltafx.compile(model, threshold=0)
-    oracle = Oracle(model)
-    for frame in scene(case.size)[:6]:
-        oracle.compare(compiled(frame), frame)
+    oracle = case.oracle(model)
+    for frame in case.frames()[:6]:
+        oracle.compare(compiled(*frame), *frame)
     oracle.check()
     if case.convolutional:
         assert compiled.explain().delta_share >= LEAST.get(name, 0.995)

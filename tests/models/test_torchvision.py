@@ -10,9 +10,7 @@ import pytest
 import torch
 
 import deltafx
-from tests.exactness import Oracle
 from tests.models.catalogue import CLASSIFICATION, SEGMENTATION, torchvision_cases
-from tests.models.frames import scene
 
 CASES = {case.name: case for case in torchvision_cases()}
 
@@ -41,8 +39,8 @@ def test_as_exact_as_the_dense_model(name: str, device: torch.device) -> None:
     case = CASES[name]
     model = case.load().to(device)
     compiled = deltafx.compile(model, threshold=0)
-    oracle = Oracle(model)
-    for i, frame in enumerate(scene(case.size)):
+    oracle = case.oracle(model)
+    for i, (frame,) in enumerate(case.frames()):
         frame = frame.to(device)
         oracle.compare(compiled(frame), frame)
         if i == 2:
