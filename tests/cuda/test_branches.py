@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -92,6 +94,18 @@ def test_the_option_sets_the_switch(share: float, branch: str) -> None:
     frame = with_box(frame)
     oracle.compare(model(frame), frame)
     assert model.stats().branch == branch
+    oracle.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_switch_is_measured(dtype: torch.dtype) -> None:
+    """Which leaves the state as good as it was, and says what it found."""
+    net = small_net().to(dtype)
+    model, oracle = warm(net, threshold=0, dense_above=None)
+    assert re.search(r"more than \d+% of the input changed", model.explain().frames)
+    frame = picture(net)
+    for shown in (frame, with_box(frame), frame, frame, picture(net)):
+        oracle.compare(model(shown), shown)
     oracle.check()
 
 
