@@ -33,7 +33,10 @@ class WeightWatch : public torch::CustomClassHolder {
   // dicts: addresses of Python dictionaries, which whoever made this keeps alive, with all values
   // that they hold now: so no other object can come to lie where one of those lay.
   WeightWatch(std::vector<int64_t> dicts, std::vector<at::Tensor> tensors)
-      : dicts_(std::move(dicts)), tensors_(std::move(tensors)) {}
+      : dicts_(std::move(dicts)), tensors_(std::move(tensors)) {
+    TORCH_CHECK(dicts_.empty() || PyDict_Next != nullptr,
+                "deltafx: dictionaries can only be watched where Python's functions are visible");
+  }
 
   int64_t fingerprint() const {
     uint64_t state = tensors_.size();
