@@ -35,7 +35,7 @@ from torch import Tensor, fx
 
 from deltafx.errors import CudaGraphWarning, UnsupportedDeviceError
 from deltafx.ops.encode import is_frame
-from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan, place_name
+from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan, lose_state, place_name
 
 WARM_UP_FRAMES = 2
 
@@ -229,6 +229,7 @@ class FrameGraph:
             self._captured, self._outputs = _record(frame, pool=delta.pool())
         except RuntimeError as error:
             self.no_branches = _reason(error)
+            lose_state(self._plan, self._tensors)  # half measured, it would be wrong
             self._capture_whole()
 
     def _record_everywhere(self, outputs: list[Any]) -> torch.cuda.CUDAGraph:
