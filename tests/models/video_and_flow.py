@@ -18,6 +18,7 @@ VIDEO = torchvision.models.list_models(module=torchvision.models.video)
 FLOW = torchvision.models.list_models(module=torchvision.models.optical_flow)
 
 FULL_SIZE = ("mvit_", "s3d")
+TRANSFORMERS = ("mvit_", "swin3d_")
 
 
 class VideoCase(Case):
@@ -64,7 +65,8 @@ def video_cases() -> list[Case]:
     return [
         VideoCase(
             name, "torchvision", partial(torchvision.models.get_model, name, weights=None),
-            (224, 224) if name.startswith(FULL_SIZE) else (48, 64), convolutional=False,
+            (224, 224) if name.startswith(FULL_SIZE) else (48, 64),
+            convolutional=not name.startswith(TRANSFORMERS),
         )
         for name in VIDEO
     ]  # fmt: skip
