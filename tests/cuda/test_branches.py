@@ -73,7 +73,7 @@ def test_the_branch_follows_how_much_changed(dtype: torch.dtype) -> None:
 
 
 def test_tf32() -> None:
-    """The Oracle's dense model rounds its operands likewise."""
+    """To eleven bits, both operands of each of four convolutions; cuDNN may keep to fp32."""
     with torch.backends.cudnn.flags(allow_tf32=True):
         net = small_net()
         model, oracle = warm(net, threshold=0)
@@ -81,7 +81,7 @@ def test_tf32() -> None:
         for shown in (frame, with_box(frame), frame, picture(net)):
             oracle.compare(model(shown), shown)
         assert model.stats().branch == "dense"
-        oracle.check()
+        assert oracle.error <= max(oracle.bound, 4 * 2 * 2.0**-11)
 
 
 @pytest.mark.parametrize(("share", "branch"), [(0.0, "dense"), (0.9, "delta"), (1.0, "delta")])
