@@ -257,15 +257,16 @@ class FrameGraph:
 
         The delta body takes about the same more for every square that changed: a line through its
         times for none and for a box of a quarter of the picture. Maps of ones stand for the last
-        frame's, so that all candidates change; the dense body, measured last, makes them good.
+        frame's, so that all candidates change. The dense body is measured last, on a state that is
+        lost, all of which it makes good.
         """
         delta, everywhere = self._bodies
         masks = [self._tensors[name] for name in self._parts.masks]
         places = {place_name(self._plan, place) for place in self._plan.places.values()}
 
-        def nothing() -> None:
+        def nothing(value: float = 1.0) -> None:
             for name in places.difference(self._parts.inputs):
-                self._tensors[name].fill_(1.0)
+                self._tensors[name].fill_(value)
             torch.ops.deltafx.clear_masks(self._tensors[MASKS], self._tensors[COUNTS])
 
         def box() -> None:
@@ -277,7 +278,7 @@ class FrameGraph:
         still, moving = _milliseconds(nothing, delta), _milliseconds(box, delta)
         squares = [F.max_pool2d(m[:1].float(), SQUARE, ceil_mode=True).mean() for m in masks]
         share = float(sum(squares)) / len(squares)
-        dense = _milliseconds(nothing, everywhere)
+        dense = _milliseconds(functools.partial(nothing, float("nan")), everywhere)
         if dense <= still:
             return 0.0
         return min(1.0, share * (dense - still) / max(moving - still, 1e-6))

@@ -52,7 +52,7 @@ def packed(compiled):
         (name, tensor)
         for entry in compiled._cache.values()
         for name, tensor in entry.instance.constants.items()
-        if "weight" in name
+        if name.startswith("const_") and "weight" in name
     ]
 
 
