@@ -8,8 +8,8 @@
 #include "cuda/conv_gemm.h"
 #include "cuda/conv_hopper.h"
 #include "cuda/conv_query.cuh"
-#include "cuda/ops.h"
 #include "cuda/own_list.cuh"
+#include "cuda/ops.h"
 
 namespace deltafx::cuda {
 namespace {
@@ -74,12 +74,13 @@ bool takes_depthwise(const GemmParams& p, const ConvGeometry& g) {
   return g.groups == g.cin && g.groups == g.cout && conv_depthwise_takes(p);
 }
 
-// Whether the kernel finds the candidates by itself: of a small map that no other operator marks.
+// Whether the kernel finds the candidates by itself. It counts active sites in the mask, which no
+// other operator may mark then.
 bool lists_itself(const GemmParams& p, const ConvGeometry& g) {
-  return p.out.acc.ld == p.out.acc.c && p.out.mask.in_words &&
-         can_list_itself(p.out.acc, p.x_mask, p.residual_mask,
-                         ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis}.is_pointwise()) &&
-         (takes_depthwise(p, g) || (p.x.c > 4 && on_hopper(p, g) && !conv_hopper_is_tall(p)));
+  if (p.out.acc.ld != p.out.acc.c || !p.out.mask.in_words) return false;
+  if (!takes_depthwise(p, g)) return on_hopper(p, g);
+  return can_list_itself(p.out.acc, p.x_mask, p.residual_mask,
+                         ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis}.is_pointwise());
 }
 
 cudaError_t run_phase(const GemmParams& p, const ConvLaunch& launch, cudaStream_t stream) {
@@ -161,12 +162,11 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
   p.pre_scale = c.pre_scale;
   p.pre_shift = c.pre_shift;
   p.pre_act = c.pre_act;
+  p.runs = SiteRuns(c.out.acc);
   p.acc_aligned = is_aligned(c.out.acc);
   p.residual_aligned = is_aligned(c.residual);
-  p.runs = SiteRuns(c.out.acc);
   p.w = Divisor(static_cast<int>(c.out.acc.w));
   p.h = Divisor(static_cast<int>(c.out.acc.h));
-  p.sites = static_cast<int>(sites);
   const std::vector<Phase> phases = conv_phases(g, dtype);
   const int parts = static_cast<int>(phases.size());
   for (int i = 0; i < parts; ++i) {

@@ -3,6 +3,7 @@
 
 #include "cuda/candidates.cuh"
 #include "cuda/conv.h"
+#include "cuda/shares.cuh"
 
 namespace deltafx::cuda {
 
@@ -37,11 +38,11 @@ struct GemmParams {
   int packed_depth;  // row length of the packed weights
   int cluster;       // blocks that may share one tile's depth
   bool acc_aligned, residual_aligned;
-  bool lists_itself;  // the kernel finds the candidates, there is no list
-  CandidateList list;
-  SiteRuns runs;  // of the accumulator
-  Divisor w, h;   // of the accumulator
-  int sites;      // of the accumulator
+  bool lists_itself;   // the kernel finds the candidates, there is no list
+  CandidateList list;  // where it does not
+  Shares shares;       // of the accumulator's sites, where it does
+  SiteRuns runs;       // of the accumulator
+  Divisor w, h;        // of the accumulator
 };
 
 cudaError_t conv_gemm_f16(const GemmParams& p, cudaStream_t stream);

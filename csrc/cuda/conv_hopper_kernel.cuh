@@ -4,8 +4,8 @@
 // of the channels. The sites' windows are gathered by cp.async; the weights, which are packed
 // as they will lie in shared memory, come by bulk copies. The weights' rows are ordered such that a
 // thread ends up with the sums of 16 channels of a site, and four neighbouring threads with a
-// truncation group. The depth of a tile may be split among the blocks of a cluster. A small map's
-// candidates are found by each block for itself, without a list in global memory. Code is kept
+// truncation group. The depth of a tile may be split among the blocks of a cluster. A cluster finds
+// the candidates of its share of the map for itself (shares.cuh), if it may. Code is kept
 // short: a kernel that runs for a few microseconds pays for every instruction it has to fetch.
 // conv_hopper_tall.cuh has the kernel for many candidates.
 #pragma once
@@ -13,26 +13,27 @@
 #include "cuda/conv_hopper.h"
 #include "cuda/conv_hopper_finish.cuh"
 #include "cuda/conv_hopper_gather.cuh"
+#include "cuda/conv_hopper_launch.cuh"
 #include "cuda/conv_hopper_tall.cuh"
 #include "cuda/conv_query.cuh"
 #include "cuda/hopper.cuh"
-#include "cuda/own_list.cuh"
 
 namespace deltafx::cuda {
 
 template <class Element, bool kImageInput>
 struct HopperTraits {
   using T = Element;
-  static constexpr bool kImage = kImageInput;   // up to four channels, four apart
-  static constexpr bool kLists = !kImageInput;  // may find the candidates itself
+  static constexpr bool kImage = kImageInput;  // up to four channels, four apart
   static constexpr int kRows = 64, kColumns = 64, kThreads = 256, kStages = 4;
   static constexpr int kBlocksPerMultiprocessor = 2;
+  static constexpr int kListed = 512;  // candidates of its own that a block lists at a time
   static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
   static constexpr int kSums = kRows * kColumns / kThreads;  // of a thread
   static constexpr int kBlockBytes = kWeightRows * kRowBytes;
   static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
   static constexpr int kSharedBytes = 1024 + kStages * kStageBytes;
   static_assert(kRows * kColumns * 4 <= kStages * kStageBytes, "sums reuse the stages");
+  static_assert(kListed % kRows == 0 && kThreads == Shares::kThreads, "whole tiles are listed");
 };
 
 template <class Traits>
@@ -47,6 +48,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   __shared__ int active;                      // sites that the block was the first to write
   __shared__ uint64_t barriers[kStages + 1];  // of the stages; of the sums from other blocks
   __shared__ HopperRow rows[kRows];
+  __shared__ uint16_t listed[Traits::kListed];
   __shared__ __align__(16) ColumnConstants<kColumns> constants;
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
@@ -61,9 +63,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   if (tid == 0) {
     active = 0;
     for (uint64_t& barrier : barriers) init_barrier(shared_address(&barrier));
-    const int all = steps * Traits::kBlockBytes;  // each block asks for a share
-    const int share = (all / blocks + 15) / 16 * 16, bytes = min(share, all - block * share);
-    if (bytes > 0) prefetch_bulk(weight + block * share, bytes);
+    const int all = steps * Traits::kBlockBytes;
+    const int each = (all / blocks + 15) / 16 * 16;  // that a block asks for
+    const int bytes = min(each, all - block * each);
+    if (bytes > 0) prefetch_bulk(weight + block * each, bytes);
   }
   constants.load(p, first_column);
   const FastActivation act(p.act);
@@ -71,32 +74,31 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       p.out.truncation.policy == Policy::none ? 0.f : *p.out.truncation.threshold;
   wait_for_inputs();
 
+  // The cluster's tiles are those of its share, or every so many of the list.
+  const int part_bits = 31 - __clz(parts), share = block >> part_bits, rank = block & (parts - 1);
+  const bool lists_itself = p.lists_itself;
   int size, first_entry = 0;
-  const bool lists_itself = Traits::kLists && p.lists_itself;
-  const auto* own_list =
-      reinterpret_cast<const uint16_t*>(stage_memory + kStages * Traits::kStageBytes);
-  // In a list, a guess at the first tile's sites is read along with their number.
-  const int part_bits = 31 - __clz(parts), guess = (block >> part_bits) * kRows + tid;
-  int entry = 0;
+  OwnCandidates own;
   if (lists_itself) {
-    const ConvQuery query{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr};
-    size = list_own<kThreads>(query, p.runs, p.out, stage_memory, const_cast<uint16_t*>(own_list));
+    own.find(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr}, p.shares, share);
+    size = own.size();
+    if (size > 0 && tid == 0 && rank == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
   } else {
     first_entry = p.list.first();
-    if (tid < kRows && first_entry + guess < p.sites) entry = p.list.entries[first_entry + guess];
     size = p.list.last() - first_entry;
   }
   if (size == 0) return;
 
-  const int clusters = blocks >> part_bits, rank = block & (parts - 1);
+  const int workers = lists_itself ? parts : blocks, clusters = workers >> part_bits;
+  const int worker = lists_itself ? rank : block;
   const int tiles = (size + kRows - 1) / kRows;
   // Tiles are split where the time, in steps of the slowest block, is shorter; 6 stands for the
   // exchange.
-  const auto rounds = [&](int workers) {
-    return ceilf(__fdividef(static_cast<float>(tiles), static_cast<float>(workers)));
+  const auto rounds = [&](int among) {
+    return ceilf(__fdividef(static_cast<float>(tiles), static_cast<float>(among)));
   };
   const bool split = parts > 1 && rounds(clusters) * static_cast<float>((steps >> part_bits) + 6) <
-                                      rounds(blocks) * static_cast<float>(steps);
+                                      rounds(workers) * static_cast<float>(steps);
   const int first_step = split ? steps * rank >> part_bits : 0;
   const int last_step = split ? steps * (rank + 1) >> part_bits : steps;
   const int c = first_column + lane % 4 * kVector;
@@ -108,18 +110,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   SiteMarks marks;
 
 #pragma unroll 1
-  for (int tile = split ? block >> part_bits : block; tile < tiles;
-       tile += split ? clusters : blocks) {
+  for (int tile = split ? worker >> part_bits : worker, listed_from = -Traits::kListed;
+       tile < tiles; tile += split ? clusters : workers) {
     const int first_row = tile * kRows;
     fence_async();  // what was written to the stages' memory comes before the copies into it
     __syncthreads();
+    if (lists_itself && first_row >= listed_from + Traits::kListed) {
+      listed_from = first_row;
+      own.list(listed_from, listed);
+      __syncthreads();
+    }
     if (tid < kRows) {
       const int i = first_row + tid;
-      if (!lists_itself && i != guess && i < size) entry = p.list.entries[first_entry + i];
-      const int site = i >= size      ? -1
-                       : lists_itself ? static_cast<int>(own_list[i])
-                                      : site_in(entry);
-      rows[tid] = HopperRow(p, site);
+      rows[tid] = HopperRow(p, i >= size      ? -1
+                               : lists_itself ? p.shares.site(share, listed[i - listed_from])
+                                              : site_in(p.list.entries[first_entry + i]));
     }
     __syncthreads();
 
@@ -237,23 +242,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 #endif
 }
 
-template <class Traits>
-cudaError_t launch_hopper(const GemmParams& p, cudaStream_t stream) {
-  const int64_t row_tiles = (p.out.acc.sites() + Traits::kRows - 1) / Traits::kRows;
-  const auto columns = static_cast<int>((p.out.acc.c + Traits::kColumns - 1) / Traits::kColumns);
-  const int shared_bytes = Traits::kSharedBytes + (p.lists_itself ? kOwnListBytes : 0);
-  const int most = Traits::kBlocksPerMultiprocessor * current_device().multiprocessors / columns;
-  int blocks = static_cast<int>(row_tiles * p.cluster < most ? row_tiles * p.cluster : most);
-  blocks = blocks < p.cluster ? p.cluster : blocks / p.cluster * p.cluster;
-  return launch(conv_hopper_kernel<Traits>,
-                {blocks, Traits::kThreads, shared_bytes, p.cluster, columns}, stream, p);
-}
-
 template <class T>
 cudaError_t launch_conv_hopper(const GemmParams& p, cudaStream_t stream) {
-  if (p.x.c <= 4) return launch_hopper<HopperTraits<T, true>>(p, stream);
+  using Image = HopperTraits<T, true>;
+  using Map = HopperTraits<T, false>;
+  if (p.x.c <= 4) return launch_tiles<Image>(conv_hopper_kernel<Image>, p, stream);
   if (conv_hopper_is_tall(p)) return launch_conv_hopper_tall<T>(p, stream);
-  return launch_hopper<HopperTraits<T, false>>(p, stream);
+  return launch_tiles<Map>(conv_hopper_kernel<Map>, p, stream);
 }
 
 }  // namespace deltafx::cuda

@@ -74,7 +74,8 @@ struct ConvQuery {
     const int span = (kFlags - 1) * x_axis.stride + (taps - 1) * step;
     // All tap rows into one, 24 bytes wide, and that tap by tap to the left; or tap by tap.
     const bool wide = step < 8 && span < 24;
-    const bool in_words = wide && (x.w | reinterpret_cast<uintptr_t>(x.data)) % 8 == 0;
+    const bool aligned = (x.w | reinterpret_cast<uintptr_t>(x.data)) % 8 == 0;
+    const bool in_words = wide && aligned;
     uint64_t bytes = 0, a = 0, b = 0, c = 0;
     if (residual.data != nullptr)
       bytes = eight_bytes<kSlack>(residual, at.n * static_cast<int>(residual.h) + at.y, at.x);
@@ -88,6 +89,12 @@ struct ConvQuery {
         a |= eight_bytes<kSlack>(x, row, left);
         if (span >= 8) b |= eight_bytes<kSlack>(x, row, left + 8);
         if (span >= 16) c |= eight_bytes<kSlack>(x, row, left + 16);
+        continue;
+      }
+      if (aligned && x_axis.stride == 1) {
+        const auto* words =
+            reinterpret_cast<const uint64_t*>(x.data) + row * (static_cast<int>(x.w) / 8);
+        bytes |= or_taps(words, left, taps, step);
         continue;
       }
 #pragma unroll 1
@@ -148,6 +155,31 @@ struct ConvQuery {
     a = shifted(words[0], words[1]), b = shifted(words[1], words[2]),
     c = shifted(words[2], words[3]);
   }
+  // Bytes `left` to left + 7 and those of the other taps of a row of whole words, in one; some taps
+  // are read before any is looked at.
+  __device__ __forceinline__ uint64_t or_taps(const uint64_t* row, int left, int taps,
+                                              int step) const {
+    constexpr int kTapsAtOnce = 3;
+    const int w = static_cast<int>(x.w) / 8;
+    uint64_t found = 0;
+#pragma unroll 1
+    for (int begin = 0; begin < taps; begin += kTapsAtOnce) {
+      uint64_t low[kTapsAtOnce], high[kTapsAtOnce];
+#pragma unroll
+      for (int j = 0; j < kTapsAtOnce; ++j) {
+        const int word = (left + (begin + j) * step) >> 3;
+        const bool reads = begin + j < taps;
+        low[j] = reads && word >= 0 && word < w ? row[word] : 0;
+        high[j] = reads && word + 1 >= 0 && word + 1 < w ? row[word + 1] : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < kTapsAtOnce; ++j) {
+        const int shift = ((left + (begin + j) * step) & 7) * 8;
+        found |= shift != 0 ? low[j] >> shift | high[j] << (64 - shift) : low[j];
+      }
+    }
+    return found;
+  }
   static __device__ uint64_t even_bytes(uint64_t low, uint64_t high) {
     const uint32_t a =
         __byte_perm(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), 0x6420);
@@ -158,7 +190,7 @@ struct ConvQuery {
 };
 
 // Marks sites of which a thread wrote a group, and counts them. A site of several groups counts
-// once, for whoever marks it first: in the list, or in the mask, if no other operator marks that.
+// once, for whoever marks it first: in the list, or in the mask, if there is no list.
 // What was there before is asked for at one mark and looked at with the next, as it takes a while.
 class SiteMarks {
  public:
