@@ -78,7 +78,7 @@ bool takes_depthwise(const GemmParams& p, const ConvGeometry& g) {
 // other operator may mark then.
 bool lists_itself(const GemmParams& p, const ConvGeometry& g) {
   if (p.out.acc.ld != p.out.acc.c || !p.out.mask.in_words) return false;
-  if (!takes_depthwise(p, g)) return on_hopper(p, g);
+  if (!takes_depthwise(p, g)) return p.shares.count > 0;
   return can_list_itself(p.out.acc, p.x_mask, p.residual_mask,
                          ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis}.is_pointwise());
 }
@@ -178,6 +178,7 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
     p.packed_depth = static_cast<int>(packed_depth(p.depth, dtype));
     p.cluster = cluster_for(p.packed_depth / row_elements(dtype));
     p.list = list_in(launched.memory, c.out.counts, i, parts);
+    p.shares = on_hopper(p, g) ? conv_hopper_shares(p) : Shares{};
     p.lists_itself = parts == 1 && streams == nullptr && lists_itself(p, g);
     cudaError_t error = cudaSuccess;
     if (!p.lists_itself)

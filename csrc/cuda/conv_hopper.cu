@@ -1,6 +1,7 @@
 #include "cuda/conv_hopper.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/launch.h"
 
@@ -28,6 +29,33 @@ int expected_tiles(const GemmParams& p) {
 
 int steps_of(const GemmParams& p) { return p.packed_depth / 64; }
 
+bool is_tall(const GemmParams& p) {
+  const int taps = std::max(p.y.phase.taps, p.x_axis.phase.taps);
+  // A step of 64 channels is of one tap.
+  if (p.x.c <= 4 || (taps > 1 && p.x.c % 64 != 0)) return false;
+  // As timed on an H100: the deeper the sum, the fewer tiles are enough.
+  const int least = steps_of(p) > 8 ? 24 : steps_of(p) == 8 ? 200 : 350;
+  return expected_tiles(p) >= least;
+}
+
+// Into how many parts the depth of a tile of 128 sites is split.
+int parts_of(const GemmParams& p) {
+  constexpr int kMost = 8, kLeastSteps = 4;  // of a part
+  const int slots = 2 * current_device().multiprocessors;
+  int parts = 1;
+  while (parts < kMost && 2 * parts * expected_tiles(p) <= slots &&
+         steps_of(p) >= 2 * parts * kLeastSteps)
+    parts *= 2;
+  return parts;
+}
+
+// Where a twentieth of every picture changed, in a box: two sites more on each side.
+double expected_candidates(const FeatureMap& map) {
+  const double side = std::sqrt(0.05), h = static_cast<double>(map.h),
+               w = static_cast<double>(map.w);
+  return static_cast<double>(map.n) * std::min(h, side * h + 4) * std::min(w, side * w + 4);
+}
+
 }  // namespace
 
 bool conv_hopper_takes(const GemmParams& p) {
@@ -39,23 +67,25 @@ bool conv_hopper_takes(const GemmParams& p) {
 #endif
 }
 
-bool conv_hopper_is_tall(const GemmParams& p) {
-  const int taps = std::max(p.y.phase.taps, p.x_axis.phase.taps);
-  // A step of 64 channels is of one tap.
-  if (p.x.c <= 4 || (taps > 1 && p.x.c % 64 != 0)) return false;
-  // As timed on an H100: the deeper the sum, the fewer tiles are enough.
-  const int least = steps_of(p) > 8 ? 24 : steps_of(p) == 8 ? 200 : 350;
-  return expected_tiles(p) >= least;
+HopperTiling::HopperTiling(const GemmParams& p)
+    : tall(is_tall(p)),
+      columns(static_cast<int>((p.out.acc.c + kColumns - 1) / kColumns)),
+      cluster(tall ? parts_of(p) : p.cluster) {
+  const int64_t tiles = (p.out.acc.sites() + rows() - 1) / rows();
+  const int resident =
+      kBlocksPerMultiprocessor * current_device().multiprocessors / (columns * cluster);
+  clusters = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tiles, resident)));
 }
 
-int conv_hopper_parts(const GemmParams& p) {
-  constexpr int kMost = 8, kLeastSteps = 4;  // of a part
-  const int slots = 2 * current_device().multiprocessors;
-  int parts = 1;
-  while (parts < kMost && 2 * parts * expected_tiles(p) <= slots &&
-         steps_of(p) >= 2 * parts * kLeastSteps)
-    parts *= 2;
-  return parts;
+Shares conv_hopper_shares(const GemmParams& p) {
+  const HopperTiling tiling(p);
+  const double expected = expected_candidates(p.out.acc) / tiling.rows();  // tiles, filled
+  Shares none{};
+  // A share of more than one tile makes its cluster take twice as long, and they are not all alike.
+  if (tiling.clusters < 1.6 * expected) return none;
+  // Where a tile's weights are many, blocks with few candidates each cost more of them.
+  const double room = p.y.phase.taps * p.x_axis.phase.taps > 1 ? 2 : 4;
+  return Shares(p.out.acc, std::min(tiling.clusters, static_cast<int>(room * expected) + 1));
 }
 
 }  // namespace deltafx::cuda

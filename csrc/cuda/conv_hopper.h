@@ -8,10 +8,22 @@ namespace deltafx::cuda {
 // Whether the kernels here take a convolution: they are compiled in, the device can run them, and
 // everything is moved in vectors of eight channels (or four, of an image).
 bool conv_hopper_takes(const GemmParams& p);
-// Whether they take it in tiles of 128 sites; those need a list.
-bool conv_hopper_is_tall(const GemmParams& p);
-// Into how many parts the depth of such a tile is split.
-int conv_hopper_parts(const GemmParams& p);
+
+// How such a convolution is cut into tiles for blocks.
+struct HopperTiling {
+  static constexpr int kColumns = 64, kBlocksPerMultiprocessor = 2;
+
+  bool tall;     // tiles of 128 sites instead of 64
+  int columns;   // tiles of 64 output channels
+  int cluster;   // blocks that may share a tile's depth
+  int clusters;  // as many as have room on the device at a time, or have a tile if all sites change
+
+  explicit HopperTiling(const GemmParams& p);
+  int rows() const { return tall ? 128 : 64; }
+};
+// The shares of the map in which clusters find the candidates for themselves; none where a list is
+// the quicker way.
+Shares conv_hopper_shares(const GemmParams& p);
 
 cudaError_t conv_hopper_f16(const GemmParams& p, cudaStream_t stream);
 cudaError_t conv_hopper_bf16(const GemmParams& p, cudaStream_t stream);

@@ -247,7 +247,7 @@ cudaError_t launch_conv_hopper(const GemmParams& p, cudaStream_t stream) {
   using Image = HopperTraits<T, true>;
   using Map = HopperTraits<T, false>;
   if (p.x.c <= 4) return launch_tiles<Image>(conv_hopper_kernel<Image>, p, stream);
-  if (conv_hopper_is_tall(p)) return launch_conv_hopper_tall<T>(p, stream);
+  if (HopperTiling(p).tall) return launch_conv_hopper_tall<T>(p, stream);
   return launch_tiles<Map>(conv_hopper_kernel<Map>, p, stream);
 }
 

@@ -346,12 +346,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 }
 
 template <class T>
-cudaError_t launch_conv_hopper_tall(GemmParams p, cudaStream_t stream) {
+cudaError_t launch_conv_hopper_tall(const GemmParams& p, cudaStream_t stream) {
   using Split = TallTraits<T, true>;
   using Whole = TallTraits<T, false>;
-  p.cluster = conv_hopper_parts(p);
-  return p.cluster > 1 ? launch_tiles<Split>(conv_hopper_tall_kernel<Split>, p, stream)
-                       : launch_tiles<Whole>(conv_hopper_tall_kernel<Whole>, p, stream);
+  return HopperTiling(p).cluster > 1
+             ? launch_tiles<Split>(conv_hopper_tall_kernel<Split>, p, stream)
+             : launch_tiles<Whole>(conv_hopper_tall_kernel<Whole>, p, stream);
 }
 
 }  // namespace deltafx::cuda

@@ -2,9 +2,8 @@
 // memory, which would be another launch, and nothing to wait for but the masks. All blocks that
 // work on the same sites (other channels, another part of the depth) find the same.
 //
-// The map is cut into pieces of 8 sites by one or more rows, so that the windows of a piece
-// overlap. Of every `count` pieces in a row each share has one, another one every time: then shares
-// have about the same number of candidates wherever in the picture something moves.
+// The map is cut into runs of 8 sites. Of every `count` runs in a row each share has one, another
+// one every time: so shares have about the same number of candidates wherever something moves.
 #pragma once
 
 #include <algorithm>
@@ -18,42 +17,32 @@ struct Shares {
   static constexpr int kPasses = 4;     // a thread looks at so many runs at most
 
   int count;
-  int row_bits;      // a piece has 1 << row_bits rows
-  int pieces, rows;  // of the map
-  int w;
+  int runs, w;  // of the map
   Divisor per_row, h;
 
   Shares() = default;
   // wanted: how many there should be; more, where a block could not look at all of its share.
-  Shares(const FeatureMap& map, int rows_of_piece_bits, int wanted)
-      : row_bits(rows_of_piece_bits),
-        rows(static_cast<int>(map.n * map.h)),
-        w(static_cast<int>(map.w)),
-        per_row((w + kFlags - 1) / kFlags),
-        h(static_cast<int>(map.h)) {
-    pieces = ((rows - 1) >> row_bits) * per_row.value + per_row.value;
-    const int most = (kThreads * kPasses) >> row_bits;
-    count = std::max({1, std::min(wanted, pieces), (pieces + most - 1) / most});
+  Shares(const FeatureMap& map, int wanted)
+      : w(static_cast<int>(map.w)), per_row((w + kFlags - 1) / kFlags), h(static_cast<int>(map.h)) {
+    runs = static_cast<int>(map.n * map.h) * per_row.value;
+    constexpr int kMost = kThreads * kPasses;
+    count = std::max({1, std::min(wanted, runs), (runs + kMost - 1) / kMost});
   }
 
-  // Where run `j` of a share is; false: it has no such run.
-  __device__ __forceinline__ bool find(int share, int j, int* row, int* run) const {
-    const int turn = j >> row_bits;
-    int piece = share + static_cast<int>(__umulhi(static_cast<unsigned>(turn) * 0x9e3779b9u,
-                                                  static_cast<unsigned>(count)));
-    if (piece >= count) piece -= count;
-    piece += turn * count;
-    if (piece >= pieces) return false;
-    const int first = per_row.divide(piece);
-    *run = piece - first * per_row.value;
-    *row = (first << row_bits) + (j & ((1 << row_bits) - 1));
-    return *row < rows;
+  // The index of run `j` of a share; false: it has no such run.
+  __device__ __forceinline__ bool find(int share, int j, int* run) const {
+    int of_turn = share + static_cast<int>(__umulhi(static_cast<unsigned>(j) * 0x9e3779b9u,
+                                                    static_cast<unsigned>(count)));
+    if (of_turn >= count) of_turn -= count;
+    *run = j * count + of_turn;
+    return *run < runs;
   }
   // The site that an entry of OwnCandidates::list stands for.
   __device__ __forceinline__ int site(int share, int entry) const {
-    int row = 0, run = 0;
-    find(share, entry / kFlags, &row, &run);
-    return row * w + run * kFlags + entry % kFlags;
+    int run = 0;
+    find(share, entry / kFlags, &run);
+    const int row = per_row.divide(run);
+    return row * w + (run - row * per_row.value) * kFlags + entry % kFlags;
   }
 };
 
@@ -65,25 +54,24 @@ class OwnCandidates {
   __device__ __forceinline__ void find(const Query& query, const Shares& shares, int share) {
     __shared__ int warps[Shares::kThreads / 32];
     const int tid = static_cast<int>(threadIdx.x);
-    const int runs = ((shares.pieces - 1) / shares.count + 1) << shares.row_bits;
     flags_ = 0;
     if (query.is_pointwise()) {
       uint64_t bytes[Shares::kPasses];
 #pragma unroll
       for (int k = 0; k < Shares::kPasses; ++k) {
-        int row, run;
+        int run;
         bytes[k] = 0;
-        if (shares.find(share, tid + k * Shares::kThreads, &row, &run))
-          bytes[k] = query.eight_sites(row * shares.per_row.value + run);
+        if (shares.find(share, tid + k * Shares::kThreads, &run)) bytes[k] = query.eight_sites(run);
       }
 #pragma unroll
       for (int k = 0; k < Shares::kPasses; ++k) flags_ |= bits_of(bytes[k]) << (k * kFlags);
     } else {
 #pragma unroll 1
-      for (int k = 0; k * Shares::kThreads < runs; ++k) {
-        int row, run;
-        if (!shares.find(share, tid + k * Shares::kThreads, &row, &run)) continue;
-        const int stream = shares.h.divide(row), x = run * kFlags;
+      for (int k = 0; k * Shares::kThreads * shares.count < shares.runs; ++k) {
+        int run;
+        if (!shares.find(share, tid + k * Shares::kThreads, &run)) continue;
+        const int row = shares.per_row.divide(run), stream = shares.h.divide(row);
+        const int x = (run - row * shares.per_row.value) * kFlags;
         const Position at{stream, row - stream * shares.h.value, x};
         flags_ |= query.flags(at, min(kFlags, shares.w - x)) << (k * kFlags);
       }
