@@ -167,6 +167,7 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
   p.residual_aligned = is_aligned(c.residual);
   p.w = Divisor(static_cast<int>(c.out.acc.w));
   p.h = Divisor(static_cast<int>(c.out.acc.h));
+  p.sites = static_cast<int>(sites);
   const std::vector<Phase> phases = conv_phases(g, dtype);
   const int parts = static_cast<int>(phases.size());
   for (int i = 0; i < parts; ++i) {

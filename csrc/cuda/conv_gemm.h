@@ -43,6 +43,7 @@ struct GemmParams {
   Shares shares;       // of the accumulator's sites, where it does
   SiteRuns runs;       // of the accumulator
   Divisor w, h;        // of the accumulator
+  int sites;           // of the accumulator
 };
 
 cudaError_t conv_gemm_f16(const GemmParams& p, cudaStream_t stream);

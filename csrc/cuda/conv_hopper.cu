@@ -72,19 +72,21 @@ HopperTiling::HopperTiling(const GemmParams& p)
       columns(static_cast<int>((p.out.acc.c + kColumns - 1) / kColumns)),
       cluster(tall ? parts_of(p) : p.cluster) {
   const int64_t tiles = (p.out.acc.sites() + rows() - 1) / rows();
-  const int resident =
-      kBlocksPerMultiprocessor * current_device().multiprocessors / (columns * cluster);
+  const int blocks = kBlocksPerMultiprocessor * current_device().multiprocessors;
+  // Of the largest clusters not as many fit as there is room for their blocks.
+  const int resident = (cluster < 8 ? blocks : blocks * 3 / 4) / (columns * cluster);
   clusters = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tiles, resident)));
 }
 
 Shares conv_hopper_shares(const GemmParams& p) {
   const HopperTiling tiling(p);
-  const double expected = expected_candidates(p.out.acc) / tiling.rows();  // tiles, filled
   Shares none{};
+  if (tiling.tall) return none;
+  const double expected = expected_candidates(p.out.acc) / tiling.rows();  // tiles, filled
   // A share of more than one tile makes its cluster take twice as long, and they are not all alike.
   if (tiling.clusters < 1.6 * expected) return none;
-  // Where a tile's weights are many, blocks with few candidates each cost more of them.
-  const double room = p.y.phase.taps * p.x_axis.phase.taps > 1 ? 2 : 4;
+  // The fewer, the less often a tile's weights are read; an image's are few.
+  const double room = p.x.c <= 4 ? 3 : 2;
   return Shares(p.out.acc, std::min(tiling.clusters, static_cast<int>(room * expected) + 1));
 }
 

@@ -74,10 +74,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       p.out.truncation.policy == Policy::none ? 0.f : *p.out.truncation.threshold;
   wait_for_inputs();
 
-  // The cluster's tiles are those of its share, or every so many of the list.
+  // The cluster's tiles are those of its share, or every so many of the list. In a list, a guess at
+  // the first tile's sites is read along with their number.
   const int part_bits = 31 - __clz(parts), share = block >> part_bits, rank = block & (parts - 1);
   const bool lists_itself = p.lists_itself;
-  int size, first_entry = 0;
+  const int guess = share * kRows + tid;
+  int size, first_entry = 0, entry = 0;
   OwnCandidates own;
   if (lists_itself) {
     own.find(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr}, p.shares, share);
@@ -85,6 +87,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     if (size > 0 && tid == 0 && rank == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
   } else {
     first_entry = p.list.first();
+    if (tid < kRows && first_entry + guess < p.sites) entry = p.list.entries[first_entry + guess];
     size = p.list.last() - first_entry;
   }
   if (size == 0) return;
@@ -122,9 +125,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     }
     if (tid < kRows) {
       const int i = first_row + tid;
+      if (!lists_itself && i != guess && i < size) entry = p.list.entries[first_entry + i];
       rows[tid] = HopperRow(p, i >= size      ? -1
                                : lists_itself ? p.shares.site(share, listed[i - listed_from])
-                                              : site_in(p.list.entries[first_entry + i]));
+                                              : site_in(entry));
     }
     __syncthreads();
 

@@ -4,8 +4,7 @@
 // The steps of all of a block's tiles are one pipeline: the sites' windows and the weights of the
 // next tile are on their way while this tile's sums are compared and written, which happens in the
 // registers where the sums are. Steps go through the taps of 64 input channels before the next 64,
-// so that neighbouring windows find each other's sites in L1. A tile of 64 sites or fewer, the last
-// one of a block, is work for the first warp group alone.
+// so that neighbouring windows find each other's sites in L1.
 //
 // With kSplit the depth of every tile is split among the blocks of a cluster; how many those are
 // is known before the frame, so that a sum's order never depends on what is active.
@@ -26,8 +25,7 @@ struct TallTraits {
   static constexpr bool kSplit = kSplitDepth;
   static constexpr int kRows = 128, kColumns = 64, kThreads = 256, kStages = 3;
   static constexpr int kBlocksPerMultiprocessor = 2;
-  static constexpr int kTiles = 4;                // whose rows are known at a time
-  static constexpr int kListed = kTiles * kRows;  // of its own candidates, at a time
+  static constexpr int kTiles = 4;  // whose rows are known at a time
   static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
   static constexpr int kSums = kRows * kColumns / kThreads;  // of a thread
   static constexpr int kUnits = kSums / 16;                  // of a thread, see SiteUnit
@@ -35,7 +33,6 @@ struct TallTraits {
   static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
   static constexpr int kSharedBytes = 1024 + kStages * kStageBytes;
   static_assert(kRows * kColumns * 4 <= kStages * kStageBytes, "sums reuse the stages");
-  static_assert(kThreads == Shares::kThreads, "a block finds its candidates");
 };
 
 // What the gather needs of a HopperRow.
@@ -64,9 +61,8 @@ class TallGather {
     to_ = row * kRowBytes + ((static_cast<int>(threadIdx.x) % 8 ^ (row & 7)) * kChunkBytes);
   }
 
-  // Turns to a tile, at a step of it. half: the second half of its rows is not needed.
-  __device__ void begin(const TallRow* rows, int step, bool half) {
-    half_ = half;
+  // Turns to a tile, at a step of it.
+  __device__ void begin(const TallRow* rows, int step) {
     const int taps = p_.y.phase.taps * p_.x_axis.phase.taps, block = step / taps;
     const int tap = step - block * taps;
     tap_y_ = tap / p_.x_axis.phase.taps;
@@ -93,9 +89,8 @@ class TallGather {
     const T* data = static_cast<const T*>(p_.x.data);
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i)
-      if (i < kOwnRows / 2 || !half_)
-        copy_chunk_by_l1(stage + to_ + i * kCopyRows * kRowBytes, data + (rows_[i].from + offset),
-                         inside && (rows_[i].taps & bits) == bits);
+      copy_chunk_by_l1(stage + to_ + i * kCopyRows * kRowBytes, data + (rows_[i].from + offset),
+                       inside && (rows_[i].taps & bits) == bits);
     if (++tap_x_ < p_.x_axis.phase.taps) return;
     tap_x_ = 0;
     if (++tap_y_ < p_.y.phase.taps) return;
@@ -107,7 +102,6 @@ class TallGather {
   const GemmParams& p_;
   uint32_t to_;
   int chunk_, channel_, tap_y_, tap_x_;
-  bool half_;
   TallRow rows_[kOwnRows];
 };
 
@@ -124,17 +118,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   __shared__ uint64_t barriers[kStages + 1];  // of the stages; of the sums from other blocks
   __shared__ TallRow rows[kTiles][kRows];
   __shared__ int sites[kTiles][kRows];
-  __shared__ uint16_t listed[Traits::kListed];
   __shared__ __align__(16) ColumnConstants<kColumns> constants;
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
   const int steps = p.packed_depth / Traits::kDepth, parts = Traits::kSplit ? p.cluster : 1;
   const int part_bits = Traits::kSplit ? 31 - __clz(parts) : 0;
-  const int share = static_cast<int>(blockIdx.x) >> part_bits;
-  const bool lists_itself = p.lists_itself;
-  // The tiles of this cluster: all of its share, or every so many of the list.
-  const int first_tile = lists_itself ? 0 : share;
-  const int stride = lists_itself ? 1 : static_cast<int>(gridDim.x) >> part_bits;
+  const int blocks = static_cast<int>(gridDim.x) >> part_bits;  // that take tiles of their own
+  const int block = static_cast<int>(blockIdx.x) >> part_bits;
   const int rank = static_cast<int>(blockIdx.x) & (parts - 1);
   const uint32_t unaligned = shared_address(dynamic), stages = (unaligned + 1023u) & ~1023u;
   // Nothing here depends on the kernel before this one.
@@ -143,9 +133,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   if (tid == 0) {
     active = 0;
     for (uint64_t& barrier : barriers) init_barrier(shared_address(&barrier));
-    const int all = steps * Traits::kBlockBytes, blocks = static_cast<int>(gridDim.x);
-    const int each = (all / blocks + 15) / 16 * 16;  // that a block asks for
-    const int from = static_cast<int>(blockIdx.x) * each, bytes = min(each, all - from);
+    const int all = steps * Traits::kBlockBytes, shares = static_cast<int>(gridDim.x);
+    const int share = (all / shares + 15) / 16 * 16;  // that this block asks for
+    const int from = static_cast<int>(blockIdx.x) * share, bytes = min(share, all - from);
     if (bytes > 0) prefetch_bulk(weight + from, bytes);
   }
   constants.load(p, first_column);
@@ -154,47 +144,38 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       p.out.truncation.policy == Policy::none ? 0.f : *p.out.truncation.threshold;
   wait_for_inputs();
 
-  // The number of the candidates, and where they are.
-  int size, first_entry = 0, listed_from = 0;
-  OwnCandidates own;
-  if (lists_itself) {
-    own.find(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr}, p.shares, share);
-    size = own.size();
-    if (size > 0 && tid == 0 && rank == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
-  } else {
-    first_entry = p.list.first();
-    size = p.list.last() - first_entry;
-  }
-  const int tiles = (size + kRows - 1) / kRows;
-  if (first_tile >= tiles) return;
-  if (lists_itself) {
-    own.list(0, listed);
-    __syncthreads();
-  }
+  // The entry of this thread's row in the next tile whose rows it works out. The warp groups take
+  // turns; the first two tiles' entries are read along with the number of all.
+  const int first_entry = p.list.first(), own_row = tid % kRows;
+  int own_tile = block + tid / kRows * blocks, entry = 0;
+  if (first_entry + own_tile * kRows + own_row < p.sites)
+    entry = p.list.entries[first_entry + own_tile * kRows + own_row];
+  const int size = p.list.last() - first_entry, tiles = (size + kRows - 1) / kRows;
+  if (block >= tiles) return;
 
-  // Works out the rows of a tile, for a slot.
-  const auto make_rows = [&](int tile, int slot) {
-    const int r = tid % kRows, i = tile * kRows + r;
-    const HopperRow row(p, i >= size      ? -1
-                           : lists_itself ? p.shares.site(share, listed[i - listed_from])
-                                          : site_in(p.list.entries[first_entry + i]));
-    rows[slot][r] = {row.from, row.taps};
-    sites[slot][r] = row.site;
+  // Works out rows of `own_tile` for slot `slot`, and reads the entries for this thread's next.
+  const auto make_rows = [&](int slot) {
+    const bool valid = own_tile * kRows + own_row < size;
+    const HopperRow row(p, valid ? site_in(entry) : -1);
+    rows[slot][own_row] = {row.from, row.taps};
+    sites[slot][own_row] = row.site;
+    own_tile += 2 * blocks;
+    const int next = own_tile * kRows + own_row;
+    if (next < size) entry = p.list.entries[first_entry + next];
   };
-  const auto is_half = [&](int tile) { return size - tile * kRows <= kRows / 2; };
-  make_rows(first_tile + tid / kRows * stride, tid / kRows);
+  make_rows(tid / kRows);
   __syncthreads();
 
   const int first_step = steps * rank >> part_bits, last_step = steps * (rank + 1) >> part_bits;
   TallGather<Traits> gather(p);
-  int load_tile = first_tile, load_slot = 0, load_step = first_step;
-  gather.begin(rows[0], first_step, is_half(load_tile));
+  int load_tile = block, load_slot = 0, load_step = first_step;
+  gather.begin(rows[0], first_step);
   const auto load = [&](int to) {
     if (!Traits::kSplit && load_step == last_step) {
-      load_tile += stride;
+      load_tile += blocks;
       load_slot = (load_slot + 1) % kTiles;
       load_step = first_step;
-      if (load_tile < tiles) gather.begin(rows[load_slot], first_step, is_half(load_tile));
+      if (load_tile < tiles) gather.begin(rows[load_slot], first_step);
     }
     if (load_tile < tiles && load_step < last_step) {
       const uint32_t at = stages + to * Traits::kStageBytes;
@@ -228,15 +209,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   SiteMarks marks;
   int slot = 0;
 #pragma unroll 1
-  for (int tile = first_tile; tile < tiles; tile += stride, slot = (slot + 1) % kTiles) {
-    if (lists_itself && tile + 2 < tiles && (tile + 2) * kRows >= listed_from + Traits::kListed) {
-      listed_from = (tile + 2) * kRows;
-      own.list(listed_from, listed);
-      __syncthreads();
-    }
+  for (int tile = block; tile < tiles; tile += blocks, slot = (slot + 1) % kTiles) {
     // The rows of the tile after the next: of the warp groups, the one whose turn it is.
-    if (tile + 2 * stride < tiles && tid / kRows == slot % 2)
-      make_rows(tile + 2 * stride, (slot + 2) % kTiles);
+    if (tile + 2 * blocks < tiles && tid / kRows == slot % 2) make_rows((slot + 2) % kTiles);
     constexpr int kFetched = Traits::kSplit ? 1 : kUnits;
     SiteUnit<T> units[kFetched];
     const int split_unit = rank * own_units + tid;  // which unit of the tile this thread finishes
@@ -247,7 +222,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     } else {
 #pragma unroll
       for (int k = 0; k < kUnits; ++k) units[k].fetch(p, sites[slot][unit_row + 8 * k], c);
-      if (lane % 4 == 0 && tile + stride < tiles) {
+      if (lane % 4 == 0 && tile + blocks < tiles) {
 #pragma unroll
         for (int k = 0; k < kUnits; ++k)
           SiteUnit<T>::prefetch(p, sites[(slot + 1) % kTiles][unit_row + 8 * k], c);
@@ -255,7 +230,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     }
 
     float sums[Traits::kSums];
-    const bool idle = is_half(tile) && tid >= kThreads / 2;
     bool fresh = true;
 #pragma unroll 1
     for (int step = first_step; step < last_step; ++step) {
@@ -264,14 +238,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       wait_for_barrier(shared_address(barriers + stage), parity);
       __syncthreads();
       const uint32_t at = matrices + stage * (Traits::kStageBytes / 16);
-      if (!idle) {
-        begin_products();
+      begin_products();
 #pragma unroll
-        for (int k = 0; k < 4; ++k)  // 32 bytes of depth each
-          multiply<T>(sums, matrix_at(at + own_rows + 2 * k),
-                      matrix_at(at + kRows * kRowBytes / 16 + 2 * k), !(fresh && k == 0));
-        commit_products();
-      }
+      for (int k = 0; k < 4; ++k)  // 32 bytes of depth each
+        multiply<T>(sums, matrix_at(at + own_rows + 2 * k),
+                    matrix_at(at + kRows * kRowBytes / 16 + 2 * k), !(fresh && k == 0));
+      commit_products();
       fresh = false;
       load(stage == 0 ? kStages - 1 : stage - 1);
       if (++stage == kStages) stage = 0, parity ^= 1;
@@ -282,7 +254,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     if constexpr (!Traits::kSplit) {
 #pragma unroll
       for (int k = 0; k < kUnits; ++k) {
-        if (idle) break;
         float y[2 * kVector];
 #pragma unroll
         for (int i = 0; i < 2 * kVector; ++i) y[i] = sum(k, i);
@@ -329,11 +300,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       }
       fence_async();  // what was read of the stages' memory comes before the copies into it
       __syncthreads();
-      load_tile += stride;
+      load_tile += blocks;
       load_slot = (load_slot + 1) % kTiles;
       load_step = first_step;
       if (load_tile < tiles) {
-        gather.begin(rows[load_slot], first_step, is_half(load_tile));
+        gather.begin(rows[load_slot], first_step);
         load_first();
       }
     }
