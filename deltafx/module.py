@@ -124,8 +124,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         self._thresholds_hold = False
         self._groups: list[dict[str, Any]] = []  # of weights and modules
         self._held: list[Any] = []  # what the groups hold: as long as it lives, it can be told
-        self._watch: Any = None  # over both
-        self._weights_seen: int | None = None
+        self._weights_hold: Callable[[], bool] | None = None  # of the watch over both
         self._hide()
         super().train(False)
 
@@ -157,8 +156,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         if found is None:
             return self(*args, **kwargs)
         bound, compiled = found
-        leaves = bound if _is_flat(bound) else pytree.tree_leaves(bound)
-        tensors = [a for a in leaves if isinstance(a, Tensor)]
+        tensors = bound if _is_flat(bound) else _tensors_in(bound)
         self._calibrate_if_due(compiled)
         self._refresh_if_due(compiled)
         if not compiled.whole:
@@ -464,15 +462,15 @@ class DeltaModule(Compiled, fx.GraphModule):
 
     def _follow_weights(self) -> None:
         """Drops everything if weights have changed since, or modules were replaced."""
-        if self._watch is not None:
-            if self._watch.fingerprint() == self._weights_seen:
+        if self._weights_hold is not None:
+            if self._weights_hold():
                 return
             self._forget()
         self._groups = _groups(self.model)
         self._held = [value for group in self._groups for value in group.values()]
         weights = [t for t in self._held if isinstance(t, Tensor)]
-        self._watch = torch.classes.deltafx.WeightWatch(list(map(id, self._groups)), weights)
-        self._weights_seen = self._watch.fingerprint()
+        watch = torch.classes.deltafx.WeightWatch(list(map(id, self._groups)), weights)
+        self._weights_hold = watch.holds  # once: to look it up takes half as long as to call it
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -483,12 +481,19 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def _is_flat(bound: tuple[Any, ...]) -> bool:
     """Whether there are only tensors, as nearly always: that need not go through pytree."""
-    return all(isinstance(a, Tensor) for a in bound)
+    for a in bound:  # noqa: SIM110, as all() takes twice as long
+        if not isinstance(a, Tensor):
+            return False
+    return True
+
+
+def _tensors_in(bound: tuple[Any, ...]) -> list[Tensor]:
+    return [a for a in pytree.tree_leaves(bound) if isinstance(a, Tensor)]
 
 
 def _signature(bound: tuple[Any, ...]) -> Signature:
     if _is_flat(bound):
-        return (*((a.shape, a.dtype, a.device) for a in bound), autocast_state())
+        return (*[(a.shape, a.dtype, a.device) for a in bound], autocast_state())
     leaves, spec = pytree.tree_flatten(bound)
     kinds = tuple(
         (tuple(a.shape), a.dtype, a.device) if isinstance(a, Tensor) else repr(a) for a in leaves
