@@ -59,6 +59,7 @@ class _Compiled:
     """An instance with its tensors and its function."""
 
     instance: Instance
+    signature: Signature
     buffers: dict[str, Tensor]
     graph: fx.Graph
     code: str
@@ -350,15 +351,15 @@ class DeltaModule(Compiled, fx.GraphModule):
     def _prepare(self, bound: tuple[Any, ...]) -> _Compiled:
         """The compiled entry for arguments, made the current one."""
         self._follow_weights()
-        signature = _signature(bound)
+        signature, current = _signature(bound), self._current
+        if current is not None and self._thresholds_hold and signature == current.signature:
+            return current
         compiled = self._cache.get(signature)
-        if compiled is not None and compiled is self._current and self._thresholds_hold:
-            return compiled
         if compiled is None:
             self._refuse_changing_numbers(signature)
             # Only in-place writes outside inference mode need this; a frame may come either way.
             with _COMPILING, torch.inference_mode(False):
-                compiled = self._compile(bound)
+                compiled = self._compile(bound, signature)
             while len(self._cache) >= self.config.max_states:
                 self._cache.popitem(last=False)
             self._cache[signature] = compiled
@@ -380,7 +381,7 @@ class DeltaModule(Compiled, fx.GraphModule):
     def _emit(self, bound: tuple[Any, ...]) -> Instance:
         return emit_instance(self._traced, self.config, bound, self._pool)
 
-    def _compile(self, bound: tuple[Any, ...]) -> _Compiled:
+    def _compile(self, bound: tuple[Any, ...], signature: Signature) -> _Compiled:
         # Anew: parts of the model may have been replaced since, or the model put in train mode.
         self._traced = trace_model(self.model)
         instance = self._emit(bound)
@@ -399,7 +400,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         elif instance.plan.device.type == "cpu" and is_delta_only(self.graph):
             run = FrameCalls(self.graph, buffers)
         compiled = _Compiled(
-            instance, buffers, self.graph, self.code, run, SimpleNamespace(**buffers),
+            instance, signature, buffers, self.graph, self.code, run, SimpleNamespace(**buffers),
             any(autocast_state()),
         )  # fmt: skip
         known = all(name in self._scales for name in instance.plan.truncating)

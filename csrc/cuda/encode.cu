@@ -380,6 +380,7 @@ cudaError_t read_frame(cudaGraphExec_t graph, cudaGraphNode_t encode, const void
   cudaKernelNodeParams params;
   const cudaError_t error = cudaGraphKernelNodeGetParams(encode, &params);
   if (error != cudaSuccess) return error;
+  if (params.kernelParams == nullptr) return cudaErrorInvalidValue;
   EncodeLaunch launched = *static_cast<const EncodeLaunch*>(params.kernelParams[0]);
   launched.p.x = x;
   void* arguments[] = {&launched};

@@ -180,7 +180,7 @@ def test_the_memory_of_a_frame_may_be_used_again() -> None:
     net = small_net()
     model = deltafx.compile(net, threshold=0, dense_above=1)
     expected = deltafx.compile(net, threshold=0, cuda_graph=False)
-    clip = frames(30)
+    clip = frames(20)
     wanted = [expected(frame) for frame in clip]
     outputs = []
     buffers = [torch.empty_like(clip[0]) for _ in range(2)]
