@@ -33,13 +33,13 @@ class FrameLaunch : public torch::CustomClassHolder {
   FrameLaunch(int64_t graph, std::vector<Tensor> inputs, const std::vector<int64_t>& readers,
               std::vector<Tensor> outputs)
       : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
-    TORCH_CHECK_VALUE(!inputs_.empty() && inputs_.size() == readers.size(), "deltafx: there are ",
-                      inputs_.size(), " inputs and ", readers.size(), " readers of them");
+    TORCH_CHECK(!inputs_.empty() && inputs_.size() == readers.size(), "deltafx: there are ",
+                inputs_.size(), " inputs and ", readers.size(), " readers of them");
     const c10::cuda::CUDAGuard guard(inputs_[0].device());
     if (graph != 0)
-      C10_CUDA_CHECK(cudaGraphInstantiate(&graph_,
-                                          reinterpret_cast<cudaGraph_t>(graph),  // NOLINT
-                                          cudaGraphInstantiateFlagAutoFreeOnLaunch));
+      C10_CUDA_CHECK(cudaGraphInstantiateWithFlags(&graph_,
+                                                   reinterpret_cast<cudaGraph_t>(graph),  // NOLINT
+                                                   cudaGraphInstantiateFlagAutoFreeOnLaunch));
     for (size_t i = 0; i < inputs_.size(); ++i) {
       auto* node = reinterpret_cast<cudaGraphNode_t>(readers[i]);  // NOLINT: as torch's handles
       const void* own = inputs_[i].const_data_ptr();
