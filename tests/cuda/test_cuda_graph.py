@@ -175,6 +175,22 @@ def test_only_frames_in_other_layouts_are_copied() -> None:
     assert copies_in(functools.partial(model, frames_of("not aligned")[0])) == 2
 
 
+def test_a_picture_on_its_own_is_a_frame_in_place() -> None:
+    """Whatever the stride of a dimension of one element is."""
+    net = small_net()
+    model = deltafx.compile(net, threshold=0, refresh_every=0)
+    like = torch.randn(1, 3, 48, 48, device="cuda").contiguous(memory_format=torch.channels_last)
+    for _ in range(WARM_UP_FRAMES + 2):
+        model(like)
+    picture = torch.randn(48, 48, 3, device="cuda")
+    frame = picture.permute(2, 0, 1)[None]
+    assert frame.stride() != like.stride()
+    copies_in(lambda: model(frame))
+    picture.normal_()
+    assert copies_in(lambda: model(frame)) == 1, "the result"
+    torch.testing.assert_close(model(frame), net(frame), rtol=2e-3, atol=2e-3)
+
+
 def test_the_memory_of_a_frame_may_be_used_again() -> None:
     """As soon as the call returns, by whatever comes later on the stream."""
     net = small_net()
