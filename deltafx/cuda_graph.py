@@ -7,8 +7,9 @@
 
 Enters: the lowered graphs with their tensors, on a CUDA device. Leaves: a callable in place of the
 graph's own function, which costs a launch instead of hundreds. The first frames run without one,
-so that everything that is set up once is; then one is captured. Frames are copied into memory that
-the graph reads, results out of memory that it writes. Nothing waits for the device.
+so that everything that is set up once is; then one is captured. Frames are compared where they are,
+by a graph that is told their address; those that are read by more than one comparison are copied
+into memory of the graph's own, and results out of it. Nothing waits for the device.
 
 All branches are evaluations of the same function on the same state, which each leaves valid: so a
 frame may take any branch, whatever the frames before it took, and the choice is one of cost alone.
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from typing_extensions import override
 
 from deltafx.errors import CudaGraphWarning, UnsupportedDeviceError
 from deltafx.ops.encode import is_frame
@@ -53,6 +55,9 @@ SQUARE = 16
 
 MEASURED_FRAMES = 4
 """Of which the quickest counts."""
+
+HANDS_OUT_GRAPHS = hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph")
+"""Whether this torch does; graphs are built of graphs with it, and launched without torch."""
 
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU that has the instructions of the convolutions' kernels."""
@@ -107,7 +112,11 @@ class FrameGraph:
         self.no_branches: str | None = None
         self._eager = eager
         self._parts = split_frame(without_output_copies(graph))
-        self._everywhere = everywhere and split_frame(without_output_copies(everywhere)).body
+        dense = split_frame(without_output_copies(everywhere)) if everywhere else self._parts
+        self._everywhere = everywhere and dense.body
+        self._in_place = [
+            a and b for a, b in zip(self._parts.in_place, dense.in_place, strict=True)
+        ]
         self._tensors = {**tensors, NOT_FINITE: self._state[1:2]}
         self._dense_above = dense_above
         self._plan = plan
@@ -118,7 +127,9 @@ class FrameGraph:
         self._bodies: list[torch.cuda.CUDAGraph] = []  # whose memory the captured graph uses
         self._inputs: list[Tensor] = []
         self._outputs: list[Any] = []
-        self._results: list[Tensor] = []  # the tensors among them
+        self._random = False  # whether a frame draws random numbers
+        self._readers: dict[int, int] = {}  # nodes of the graph by the id of the input they compare
+        self._launch: Callable[[tuple[Tensor, ...]], list[Any]]
 
     @property
     def captured(self) -> bool:
@@ -156,17 +167,13 @@ class FrameGraph:
             self._frames += 1
             if self.failure is None and self._frames > WARM_UP_FRAMES:
                 self._capture(inputs)
+            generator = torch.cuda.default_generators[self._state.device.index]
+            drawn = generator.get_offset()
             result = self._eager(module, *inputs)
+            self._random |= generator.get_offset() != drawn
             self._fill_outputs(result)
             return result
-        for own, given in zip(self._inputs, inputs, strict=True):
-            if own.data_ptr() != given.data_ptr():
-                own.copy_(given, non_blocking=True)
-        self._captured.replay()
-        if len(self._outputs) == len(self._results) == 1:
-            return [self._results[0].clone()]  # the one that nearly every model has
-        copies = iter(torch.ops.deltafx.copies(self._results))
-        return [next(copies) if isinstance(o, Tensor) else o for o in self._outputs]
+        return self._launch(inputs)
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         if not all(t.is_cuda for t in inputs):
@@ -177,17 +184,26 @@ class FrameGraph:
         with _CAPTURING, current, torch.inference_mode(False), torch.no_grad():
             self._inputs = [t.clone(memory_format=torch.preserve_format) for t in inputs]
             try:
-                if 1 <= len(self._parts.masks) <= MOST_INPUTS:
+                self.no_branches = self._against_branches()
+                if self.no_branches is None:
                     self._capture_branches()
                 else:
-                    self.no_branches = (
-                        f"{len(self._parts.masks)} of the model's inputs are compared with the "
-                        f"last frame; 1 to {MOST_INPUTS} could be"
-                    )
                     self._capture_whole()
             except RuntimeError as error:
                 self._fail(_reason(error))
-            self._results = [o for o in self._outputs if isinstance(o, Tensor)]
+
+    def _against_branches(self) -> str | None:
+        compared = len(self._parts.masks)
+        if not 1 <= compared <= MOST_INPUTS:
+            return (
+                f"{compared} of the model's inputs are compared with the last frame; 1 to "
+                f"{MOST_INPUTS} could be"
+            )
+        if self._random:
+            return "the model draws random numbers, which torch provides for whole graphs"
+        if not HANDS_OUT_GRAPHS:
+            return f"torch {torch.__version__} does not hand out its graphs; 2.8 does"
+        return None
 
     def _fill_outputs(self, result: Any) -> None:
         """Writes an eager frame's results where later ones will be, should nothing change then."""
@@ -197,13 +213,14 @@ class FrameGraph:
 
     def _capture_whole(self) -> None:
         self._bodies = []
-        head, body = self._runner(self._parts.head), self._runner(self._parts.body)
+        body = self._runner(self._parts.body)
 
         def frame() -> Any:
-            head()
+            self._run_head()
             return body()
 
-        self._captured, self._outputs = _record(frame)
+        direct = HANDS_OUT_GRAPHS and not self._random
+        self._hold(*_record(frame, keep_graph=direct), direct=direct)
 
     def _capture_branches(self) -> None:
         """Captures the branches, then what comes before them; see csrc/cuda/branch.h."""
@@ -217,20 +234,46 @@ class FrameGraph:
             dense_above = 1.0 if self._dense_above is None else self._dense_above
             masks = [self._tensors[name] for name in self._parts.masks]
             bodies = [body.raw_cuda_graph() for body in self._bodies]
-            head = self._runner(self._parts.head)
 
             def frame() -> list[Any]:
-                head()
+                self._run_head()
                 torch.ops.deltafx.branch(
                     self._state, masks, self._parts.may_skip, dense_above, bodies
                 )
                 return outputs
 
-            self._captured, self._outputs = _record(frame, pool=delta.pool())
+            self._hold(*_record(frame, keep_graph=True, pool=delta.pool()), direct=True)
         except RuntimeError as error:
             self.no_branches = _reason(error)
             lose_state(self._plan, self._tensors)  # half measured, it would be wrong
             self._capture_whole()
+
+    def _hold(self, graph: torch.cuda.CUDAGraph, outputs: list[Any], *, direct: bool) -> None:
+        """Takes a graph for the frames to come; `direct`: launched past torch, in one call."""
+        pairs = zip(self._inputs, self._in_place, strict=True)
+        readers = [self._readers.get(id(t), 0) if alone else 0 for t, alone in pairs]
+        results = [o for o in outputs if isinstance(o, Tensor)]
+        raw = graph.raw_cuda_graph() if direct else 0
+        frame = torch.classes.deltafx.FrameLaunch(raw, self._inputs, readers, results)
+
+        def replay(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+            frame.read(inputs)
+            graph.replay()
+            return frame.results()
+
+        launch = frame.run if direct else replay
+
+        def among_others(inputs: tuple[Tensor, ...]) -> list[Any]:
+            copies = iter(launch(inputs))
+            return [next(copies) if isinstance(o, Tensor) else o for o in outputs]
+
+        self._launch = launch if len(results) == len(outputs) else among_others
+        self._captured, self._outputs = graph, outputs
+
+    def _run_head(self) -> None:
+        head = _Head(fx.GraphModule(self._tensors, self._parts.head))
+        head.run(*self._inputs)
+        self._readers = head.readers
 
     def _record_everywhere(self, outputs: list[Any]) -> torch.cuda.CUDAGraph:
         assert self._everywhere is not None
@@ -302,7 +345,7 @@ def _record(
     """Captures what `run` enqueues; returns the graph, and what `run` returned."""
     # A stream of its own, so that nothing else is captured; memory of its own, so that no other
     # model's frames lie in it.
-    graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
+    graph = torch.cuda.CUDAGraph(keep_graph=True) if keep_graph else torch.cuda.CUDAGraph()
     pool = pool or torch.cuda.graph_pool_handle()
     failure = None
     try:
@@ -352,6 +395,7 @@ class FrameParts:
         body: All else.
         inputs: The attributes that hold the accumulators of the inputs.
         masks: Those that hold their update masks, each once.
+        in_place: For each input whether one comparison reads it, and nothing else.
         may_skip: Whether the body has nothing to do where they are empty: it reads no input itself.
     """
 
@@ -359,6 +403,7 @@ class FrameParts:
     body: fx.Graph
     inputs: tuple[str, ...]
     masks: tuple[str, ...]
+    in_place: tuple[bool, ...]
     may_skip: bool
 
 
@@ -371,6 +416,9 @@ def split_frame(graph: fx.Graph) -> FrameParts:
         body=_part(graph, in_head=False),
         inputs=tuple(str(n.args[_ACC].target) for n in encodes),
         masks=tuple(dict.fromkeys(str(n.args[_MASK].target) for n in encodes)),
+        in_place=tuple(
+            [_encodes_input(u) for u in n.users] == [True] for n in inputs if n.op == "placeholder"
+        ),
         may_skip=all(_encodes_input(u) or is_frame(u) for n in inputs for u in n.users),
     )
 
@@ -379,6 +427,26 @@ _ACC, _MASK, _X = (
     [a.name for a in torch.ops.deltafx.encode.default._schema.arguments].index(name)
     for name in ("acc", "mask", "x")
 )
+
+
+class _Head(fx.Interpreter):
+    """Runs a head that is being captured.
+
+    Attributes:
+        readers: The nodes of the CUDA graph that its comparisons are, by the id of what they read.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.readers: dict[int, int] = {}
+
+    @override
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        returned = super().call_function(target, args, kwargs)
+        if target is torch.ops.deltafx.encode.default:
+            last_node = torch.classes.deltafx.FrameLaunch.last_node
+            self.readers[id(args[_X])] = last_node(args[_ACC])
+        return returned
 
 
 def _encodes_input(node: fx.Node) -> bool:

@@ -59,6 +59,7 @@ class _Compiled:
     """An instance with its tensors and its function."""
 
     instance: Instance
+    signature: Signature
     buffers: dict[str, Tensor]
     graph: fx.Graph
     code: str
@@ -124,8 +125,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         self._thresholds_hold = False
         self._groups: list[dict[str, Any]] = []  # of weights and modules
         self._held: list[Any] = []  # what the groups hold: as long as it lives, it can be told
-        self._watch: Any = None  # over both
-        self._weights_seen: int | None = None
+        self._weights_hold: Callable[[], bool] | None = None  # of the watch over both
         self._hide()
         super().train(False)
 
@@ -157,8 +157,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         if found is None:
             return self(*args, **kwargs)
         bound, compiled = found
-        leaves = bound if _is_flat(bound) else pytree.tree_leaves(bound)
-        tensors = [a for a in leaves if isinstance(a, Tensor)]
+        tensors = bound if _is_flat(bound) else _tensors_in(bound)
         self._calibrate_if_due(compiled)
         self._refresh_if_due(compiled)
         if not compiled.whole:
@@ -352,15 +351,15 @@ class DeltaModule(Compiled, fx.GraphModule):
     def _prepare(self, bound: tuple[Any, ...]) -> _Compiled:
         """The compiled entry for arguments, made the current one."""
         self._follow_weights()
-        signature = _signature(bound)
+        signature, current = _signature(bound), self._current
+        if current is not None and self._thresholds_hold and signature == current.signature:
+            return current
         compiled = self._cache.get(signature)
-        if compiled is not None and compiled is self._current and self._thresholds_hold:
-            return compiled
         if compiled is None:
             self._refuse_changing_numbers(signature)
             # Only in-place writes outside inference mode need this; a frame may come either way.
             with _COMPILING, torch.inference_mode(False):
-                compiled = self._compile(bound)
+                compiled = self._compile(bound, signature)
             while len(self._cache) >= self.config.max_states:
                 self._cache.popitem(last=False)
             self._cache[signature] = compiled
@@ -382,7 +381,7 @@ class DeltaModule(Compiled, fx.GraphModule):
     def _emit(self, bound: tuple[Any, ...]) -> Instance:
         return emit_instance(self._traced, self.config, bound, self._pool)
 
-    def _compile(self, bound: tuple[Any, ...]) -> _Compiled:
+    def _compile(self, bound: tuple[Any, ...], signature: Signature) -> _Compiled:
         # Anew: parts of the model may have been replaced since, or the model put in train mode.
         self._traced = trace_model(self.model)
         instance = self._emit(bound)
@@ -401,7 +400,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         elif instance.plan.device.type == "cpu" and is_delta_only(self.graph):
             run = FrameCalls(self.graph, buffers)
         compiled = _Compiled(
-            instance, buffers, self.graph, self.code, run, SimpleNamespace(**buffers),
+            instance, signature, buffers, self.graph, self.code, run, SimpleNamespace(**buffers),
             any(autocast_state()),
         )  # fmt: skip
         known = all(name in self._scales for name in instance.plan.truncating)
@@ -464,15 +463,15 @@ class DeltaModule(Compiled, fx.GraphModule):
 
     def _follow_weights(self) -> None:
         """Drops everything if weights have changed since, or modules were replaced."""
-        if self._watch is not None:
-            if self._watch.fingerprint() == self._weights_seen:
+        if self._weights_hold is not None:
+            if self._weights_hold():
                 return
             self._forget()
         self._groups = _groups(self.model)
         self._held = [value for group in self._groups for value in group.values()]
         weights = [t for t in self._held if isinstance(t, Tensor)]
-        self._watch = torch.classes.deltafx.WeightWatch(list(map(id, self._groups)), weights)
-        self._weights_seen = self._watch.fingerprint()
+        watch = torch.classes.deltafx.WeightWatch(list(map(id, self._groups)), weights)
+        self._weights_hold = watch.holds  # once: to look it up takes half as long as to call it
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -483,12 +482,19 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def _is_flat(bound: tuple[Any, ...]) -> bool:
     """Whether there are only tensors, as nearly always: that need not go through pytree."""
-    return all(isinstance(a, Tensor) for a in bound)
+    for a in bound:  # noqa: SIM110, as all() takes twice as long
+        if not isinstance(a, Tensor):
+            return False
+    return True
+
+
+def _tensors_in(bound: tuple[Any, ...]) -> list[Tensor]:
+    return [a for a in pytree.tree_leaves(bound) if isinstance(a, Tensor)]
 
 
 def _signature(bound: tuple[Any, ...]) -> Signature:
     if _is_flat(bound):
-        return (*((a.shape, a.dtype, a.device) for a in bound), autocast_state())
+        return (*[(a.shape, a.dtype, a.device) for a in bound], autocast_state())
     leaves, spec = pytree.tree_flatten(bound)
     kinds = tuple(
         (tuple(a.shape), a.dtype, a.device) if isinstance(a, Tensor) else repr(a) for a in leaves

@@ -23,8 +23,9 @@ _DEVICES = ("cpu", "cuda")
 
 def autocast_state() -> tuple[torch.dtype | None, ...]:
     """The dtype of autocast for the CPU and for CUDA; `None` where it is off."""
+    # Of a list: a generator would take half as long again, and every frame asks.
     return tuple(
-        torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _DEVICES
+        [torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _DEVICES]
     )
 
 

@@ -10,6 +10,13 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// All that a kernel here takes, in one parameter, so that read_frame can replace it.
+struct EncodeLaunch {
+  EncodeParams p;
+  Divisor rows, columns;  // of squares in an image; image_kernel: of warps in a row of squares
+  bool aligned;           // the accumulator, for whole vectors
+};
+
 // Counts all sites as candidates, and the block's active ones, `found` by a thread.
 __device__ __forceinline__ void count_sites(const Output& out, int found) {
   __shared__ int total;
@@ -35,7 +42,9 @@ __device__ __forceinline__ Position position_in(const FeatureMap& acc, int site)
 
 // Few channels: a thread a site.
 template <class S, class T>
-__global__ void __launch_bounds__(kThreads) narrow_kernel(EncodeParams p) {
+__global__ void __launch_bounds__(kThreads)
+    narrow_kernel(const __grid_constant__ EncodeLaunch launched) {
+  const EncodeParams& p = launched.p;
   wait_for_inputs();
   const FeatureMap& acc = p.out.acc;
   const Truncation& truncation = p.out.truncation;
@@ -77,7 +86,9 @@ __global__ void __launch_bounds__(kThreads) narrow_kernel(EncodeParams p) {
 
 // Many channels: a warp a site.
 template <class S, class T>
-__global__ void __launch_bounds__(kThreads) wide_kernel(EncodeParams p, bool aligned) {
+__global__ void __launch_bounds__(kThreads)
+    wide_kernel(const __grid_constant__ EncodeLaunch launched) {
+  const EncodeParams& p = launched.p;
   wait_for_inputs();
   const FeatureMap& acc = p.out.acc;
   const int64_t site = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
@@ -91,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) wide_kernel(EncodeParams p, bool ali
       float y[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) y[i] = i < count ? to_float(x[(c0 + i) * p.stride_c]) : 0.f;
-      active |= update_group<T>(p.out, aligned, static_cast<int>(site), c0, count, y);
+      active |= update_group<T>(p.out, launched.aligned, static_cast<int>(site), c0, count, y);
     }
     if (__any_sync(kAllLanes, active) && lane == 0) {
       p.out.mask.data[site] = 1;
@@ -131,7 +142,10 @@ struct FourChannels {
 // Squares of sites gated by their RMS, a warp a square: the whole square is written, or none of it.
 // At threshold 0, which only the device knows, each site is gated by itself.
 template <class S, class T>
-__global__ void __launch_bounds__(kThreads) square_kernel(EncodeParams p, int rows, int columns) {
+__global__ void __launch_bounds__(kThreads)
+    square_kernel(const __grid_constant__ EncodeLaunch launched) {
+  const EncodeParams& p = launched.p;
+  const int rows = launched.rows.value, columns = launched.columns.value;
   wait_for_inputs();
   using Four = FourChannels<S, T>;
   const FeatureMap& acc = p.out.acc;
@@ -230,10 +244,11 @@ struct EightSites {
   }
 };
 
-// rows: of squares in an image; columns: of warps in such a row.
 template <class T, int kSquare>
 __global__ void __launch_bounds__(kThreads)
-    image_kernel(EncodeParams p, Divisor rows, Divisor columns) {
+    image_kernel(const __grid_constant__ EncodeLaunch launched) {
+  const EncodeParams& p = launched.p;
+  const Divisor &rows = launched.rows, &columns = launched.columns;
   constexpr int kAcross = 32 / kSquare, kEdge = kSquare / kSites;  // threads in a row; of a square
   wait_for_inputs();
   const FeatureMap& acc = p.out.acc;
@@ -312,24 +327,26 @@ int blocks_for(int64_t threads) { return static_cast<int>((threads + kThreads - 
 template <class S, class T>
 cudaError_t encode_as(const EncodeParams& p, cudaStream_t stream) {
   const FeatureMap& acc = p.out.acc;
+  EncodeLaunch launched{p, Divisor(1), Divisor(1), is_aligned(acc)};
   if (p.block > 1 && p.out.truncation.policy == Policy::rms) {
     const int rows = static_cast<int>((acc.h + p.block - 1) / p.block);
     const int columns = static_cast<int>((acc.w + p.block - 1) / p.block);
+    launched.rows = Divisor(rows);
     if constexpr (std::is_same_v<S, T> && sizeof(T) == 2) {
       if (is_image(p)) {
         const int warps = p.block == 16 ? columns : (columns + 3) / 4;
+        launched.columns = Divisor(warps);
         return launch(p.block == 16 ? image_kernel<T, 16> : image_kernel<T, 8>,
-                      {blocks_for(acc.n * rows * warps * 32), kThreads}, stream, p, Divisor(rows),
-                      Divisor(warps));
+                      {blocks_for(acc.n * rows * warps * 32), kThreads}, stream, launched);
       }
     }
+    launched.columns = Divisor(columns);
     return launch(square_kernel<S, T>, {blocks_for(acc.n * rows * columns * 32), kThreads}, stream,
-                  p, rows, columns);
+                  launched);
   }
   if (acc.c <= kVector)
-    return launch(narrow_kernel<S, T>, {blocks_for(acc.sites()), kThreads}, stream, p);
-  return launch(wide_kernel<S, T>, {blocks_for(acc.sites() * 32), kThreads}, stream, p,
-                is_aligned(acc));
+    return launch(narrow_kernel<S, T>, {blocks_for(acc.sites()), kThreads}, stream, launched);
+  return launch(wide_kernel<S, T>, {blocks_for(acc.sites() * 32), kThreads}, stream, launched);
 }
 
 template <class S>
@@ -357,6 +374,18 @@ cudaError_t encode(const EncodeParams& p, cudaStream_t stream) {
       return encode_from<__half>(p, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+cudaError_t read_frame(cudaGraphExec_t graph, cudaGraphNode_t encode, const void* x) {
+  cudaKernelNodeParams params;
+  const cudaError_t error = cudaGraphKernelNodeGetParams(encode, &params);
+  if (error != cudaSuccess) return error;
+  if (params.kernelParams == nullptr) return cudaErrorInvalidValue;
+  EncodeLaunch launched = *static_cast<const EncodeLaunch*>(params.kernelParams[0]);
+  launched.p.x = x;
+  void* arguments[] = {&launched};
+  params.kernelParams = arguments;
+  return cudaGraphExecKernelNodeSetParams(graph, encode, &params);
 }
 
 }  // namespace deltafx::cuda

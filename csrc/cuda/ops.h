@@ -20,6 +20,10 @@ cudaError_t clear_masks(uint8_t* masks, int64_t bytes, int64_t* counts, int64_t 
                         cudaStream_t stream);
 
 cudaError_t encode(const EncodeParams& p, cudaStream_t stream);
+// Lets an encode that was captured compare the frame at x, from the next launch on: one in the
+// layout that it was captured with, at a multiple of 16 bytes, as that was. Launches that are
+// already enqueued read what they were to read.
+cudaError_t read_frame(cudaGraphExec_t graph, cudaGraphNode_t encode, const void* x);
 cudaError_t affine(const AffineParams& p, int32_t* memory, cudaStream_t stream);
 cudaError_t gather_channels(const GatherParams& p, int32_t* memory, cudaStream_t stream);
 cudaError_t layer_norm(const LayerNormParams& p, int32_t* memory, cudaStream_t stream);

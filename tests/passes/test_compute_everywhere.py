@@ -13,7 +13,7 @@ from deltafx.passes.lower_ops import lower_ops
 from deltafx.passes.plan_state import plan_state
 from deltafx.state import COUNTS, MASKS, NOT_FINITE, acc_name, allocate
 from deltafx.verify import verify
-from tests.passes.graphs import Tiny, before, whole
+from tests.passes.graphs import Tiny, TinyPair, before, whole
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -152,3 +152,32 @@ def test_a_body_that_reads_the_frame_must_not_be_skipped():
     model = Tiny(lambda m, x: m.a(x) + x.cumsum(-1), a=nn.Conv2d(2, 2, 1))
     lowered, _, _ = everywhere_of(model, whole(1, 2, 3, 3))
     assert not split_frame(lowered).may_skip
+
+
+@pytest.mark.parametrize(
+    ("forward", "in_place"),
+    [
+        (lambda m, x, y: m.a(x) + m.a(y), (True, True)),
+        (lambda m, x, y: m.a(x) + y.cumsum(-1), (True, False)),
+        (lambda m, x, y: (m.a(x) + m.a(y), y), (True, False)),
+        (lambda m, x, y: m.a(x) + m.a(y) + y.cumsum(-1), (True, False)),
+    ],
+)
+def test_what_one_comparison_reads_is_read_in_place(forward, in_place):
+    model = TinyPair(forward, a=nn.Conv2d(2, 2, 1))
+    gm, context = before(plan_state, model, whole(1, 2, 3, 3), whole(1, 2, 3, 3))
+    plan_state(gm, context)
+    lowered, _ = lower_ops(gm, context)
+    everywhere, _ = compute_everywhere(gm, lowered, context.plan)
+    assert split_frame(lowered).in_place == in_place
+    assert split_frame(everywhere).in_place == in_place
+    # And whatever else runs in a frame leaves it alone.
+    for graph in (lowered, everywhere):
+        given = [n for n in split_frame(graph).body.nodes if n.op == "placeholder"]
+        assert all(not n.users for n, alone in zip(given, in_place, strict=True) if alone)
+
+
+def test_a_clip_is_not_read_in_place():
+    model = clip_net(lambda m, x: m.b(m.a(x).relu()))
+    lowered, _, _ = everywhere_of(model, whole(1, 2, 4, 6, 4))
+    assert split_frame(lowered).in_place == (False,)

@@ -1,0 +1,164 @@
+// torch.classes.deltafx.FrameLaunch: a frame that was captured as a CUDA graph, from the tensors
+// that come in to new tensors that go out, in one call: where nothing changed, the host takes
+// longer for a frame than the device. CUDA only.
+#ifdef DELTAFX_CUDA
+#include <ATen/cuda/EmptyTensor.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/custom_class.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "ops/dispatch.h"
+
+namespace deltafx {
+namespace {
+
+// As the comparison of a frame wants it; see cuda::read_frame.
+constexpr uintptr_t kAlignment = 16;
+
+// Whether a tensor is what its memory holds, and nothing but that.
+bool is_plain(const Tensor& t) {
+  return t.is_cuda() && t.layout() == at::kStrided && !t.is_conj() && !t.is_neg() &&
+         !t._is_zerotensor() && !t.unsafeGetTensorImpl()->is_python_dispatch();
+}
+
+// Whether elements of two tensors lie equally far apart.
+bool lies_as(const Tensor& t, const Tensor& other) {
+  if (t.sizes() != other.sizes()) return false;
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) != 1 && t.stride(d) != other.stride(d)) return false;
+  return true;
+}
+
+class FrameLaunch : public torch::CustomClassHolder {
+ public:
+  // graph: the cudaGraph_t, or 0, if another launches it: between `read` and `results`. inputs:
+  // what it reads. readers: for each of them the node that alone reads it (see last_node), or 0:
+  // then frames are copied there. outputs: what it writes. Whoever makes this keeps the graph.
+  FrameLaunch(int64_t graph, std::vector<Tensor> inputs, const std::vector<int64_t>& readers,
+              std::vector<Tensor> outputs)
+      : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
+    TORCH_CHECK(!inputs_.empty() && inputs_.size() == readers.size(), "deltafx: there are ",
+                inputs_.size(), " inputs and ", readers.size(), " readers of them");
+    const c10::cuda::CUDAGuard guard(inputs_[0].device());
+    if (graph != 0)
+      C10_CUDA_CHECK(cudaGraphInstantiateWithFlags(&graph_,
+                                                   reinterpret_cast<cudaGraph_t>(graph),  // NOLINT
+                                                   cudaGraphInstantiateFlagAutoFreeOnLaunch));
+    for (size_t i = 0; i < inputs_.size(); ++i) {
+      auto* node = reinterpret_cast<cudaGraphNode_t>(readers[i]);  // NOLINT: as torch's handles
+      const void* own = inputs_[i].const_data_ptr();
+      if (graph_ == nullptr || node == nullptr || !is_plain(inputs_[i])) {
+        node = nullptr;
+      } else if (cuda::read_frame(graph_, node, own) != cudaSuccess) {
+        cudaGetLastError();  // it cannot be told to, so its frames are copied
+        node = nullptr;
+      }
+      readers_.push_back({node, own});
+    }
+  }
+  FrameLaunch(const FrameLaunch&) = delete;
+  FrameLaunch& operator=(const FrameLaunch&) = delete;
+  ~FrameLaunch() override {
+    if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
+  }
+
+  // On the current stream; waits for nothing.
+  std::vector<Tensor> run(const std::vector<Tensor>& frames) {
+    const c10::cuda::CUDAGuard guard(inputs_[0].device());
+    read(frames);
+    C10_CUDA_CHECK(cudaGraphLaunch(graph_, c10::cuda::getCurrentCUDAStream().stream()));
+    return results();
+  }
+
+  // Lets the next launch read these frames.
+  void read(const std::vector<Tensor>& frames) {
+    TORCH_CHECK_VALUE(frames.size() == inputs_.size(), "deltafx: the graph has ", inputs_.size(),
+                      " inputs, not ", frames.size());
+    for (size_t i = 0; i < frames.size(); ++i) {
+      const void* from = where_to_read(i, frames[i]);
+      Reader& reader = readers_[i];
+      if (from == reader.from) continue;
+      C10_CUDA_CHECK(cuda::read_frame(graph_, reader.node, from));
+      reader.from = from;
+    }
+  }
+
+  // Copies of the outputs, which later frames leave alone.
+  std::vector<Tensor> results() const {
+    std::vector<Tensor> made;
+    made.reserve(outputs_.size());
+    if (outputs_.size() == 1) {  // as of nearly every model
+      made.push_back(copy_of(outputs_[0]));
+      return made;
+    }
+    for (const Tensor& t : outputs_) made.push_back(at::empty_like(t));
+    if (!made.empty()) at::_foreach_copy_(made, outputs_);
+    return made;
+  }
+
+ private:
+  struct Reader {
+    cudaGraphNode_t node;  // null: frames are copied
+    const void* from;      // where the graph reads the input
+  };
+
+  // The frame's own memory, or the input's with the frame in it.
+  const void* where_to_read(size_t i, const Tensor& frame) const {
+    const Tensor& own = inputs_[i];
+    if (readers_[i].node != nullptr && is_plain(frame) && frame.device() == own.device() &&
+        frame.scalar_type() == own.scalar_type() && lies_as(frame, own)) {
+      const void* from = frame.const_data_ptr();
+      if (reinterpret_cast<uintptr_t>(from) % kAlignment == 0) return from;
+    }
+    own.copy_(frame, /*non_blocking=*/true);
+    return own.const_data_ptr();
+  }
+
+  static Tensor copy_of(const Tensor& t) {
+    if (!is_plain(t) || !t.is_non_overlapping_and_dense()) return t.clone();
+    Tensor made =
+        at::detail::empty_strided_cuda(t.sizes(), t.strides(), t.scalar_type(), t.device());
+    C10_CUDA_CHECK(cudaMemcpyAsync(made.mutable_data_ptr(), t.const_data_ptr(), t.nbytes(),
+                                   cudaMemcpyDeviceToDevice,
+                                   c10::cuda::getCurrentCUDAStream(t.get_device()).stream()));
+    return made;
+  }
+
+  std::vector<Tensor> inputs_, outputs_;
+  std::vector<Reader> readers_;
+  cudaGraphExec_t graph_ = nullptr;
+};
+
+// What the current stream has captured last, if it is one node; else 0. On the device of `like`.
+int64_t last_node(const Tensor& like) {
+#if CUDART_VERSION >= 13000
+  const c10::cuda::CUDAGuard guard(like.device());
+  cudaStreamCaptureStatus status;
+  const cudaGraphNode_t* nodes = nullptr;
+  const cudaGraphEdgeData* edges = nullptr;
+  size_t count = 0;
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(c10::cuda::getCurrentCUDAStream().stream(), &status,
+                                          nullptr, nullptr, &nodes, &edges, &count));
+  if (status == cudaStreamCaptureStatusActive && count == 1)
+    return reinterpret_cast<int64_t>(nodes[0]);  // NOLINT: as torch's handles
+#endif
+  return 0;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(deltafx, m) {
+  m.class_<FrameLaunch>("FrameLaunch")
+      .def(torch::init<int64_t, std::vector<Tensor>, std::vector<int64_t>, std::vector<Tensor>>())
+      .def("run", &FrameLaunch::run)
+      .def("read", &FrameLaunch::read)
+      .def("results", &FrameLaunch::results)
+      .def_static("last_node", &last_node);
+}
+
+}  // namespace deltafx
+#endif
