@@ -253,10 +253,8 @@ def test_instances_in_threads_equal_their_solo_runs():
     """To the last bit, unless the device chooses, as it timed them, between two evaluations."""
     model = BranchingNet()
     clips = [clip(1, 3, 20, 21, count=20, seed=s) for s in range(2)]
-    alone = [[deltafx_frame(c, f) for f in frames] for c, frames in (
-        (deltafx.compile(model, dense_above=1), clips[0]), (deltafx.compile(model, dense_above=1), clips[1])
-    )]  # fmt: skip
-    compiled = [deltafx.compile(model, dense_above=1) for _ in clips]
+    solo, compiled = ([deltafx.compile(model, dense_above=1) for _ in clips] for _ in range(2))
+    alone = [[deltafx_frame(c, f) for f in frames] for c, frames in zip(solo, clips, strict=True)]
     results: list[list] = [[], []]
     barrier = threading.Barrier(2)
 
