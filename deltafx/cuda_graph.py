@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from deltafx.choose_ways import choose_ways
 from deltafx.errors import CudaGraphWarning, UnsupportedDeviceError
 from deltafx.ops.encode import is_frame
 from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan, lose_state, place_name
@@ -234,14 +235,14 @@ class FrameGraph:
 
     def _record_everywhere(self, outputs: list[Any]) -> torch.cuda.CUDAGraph:
         assert self._everywhere is not None
-        run, masks, counts = (
-            self._runner(self._everywhere),
-            self._tensors[MASKS],
-            self._tensors[COUNTS],
-        )
-        # Once outside of a frame: cuDNN chooses its algorithms, and no other op has a candidate.
+        masks, counts = self._tensors[MASKS], self._tensors[COUNTS]
+        # Outside of a frame: no other op has a candidate.
         torch.ops.deltafx.clear_masks(masks, counts)
-        run()
+        gm = fx.GraphModule(self._tensors, self._everywhere)
+        pool = self._bodies[0].pool()
+        timer = functools.partial(_milliseconds_in_graph, pool=pool)
+        choose_ways(gm, tuple(self._inputs), timer)
+        run = self._runner(self._everywhere)
 
         def body() -> None:
             masks.fill_(True)
@@ -250,7 +251,7 @@ class FrameGraph:
                     own.copy_(other)
             counts.copy_(self._all_sites)
 
-        return _record(body, keep_graph=True, pool=self._bodies[0].pool())[0]
+        return _record(body, keep_graph=True, pool=pool)[0]
 
     def _measure_switch(self) -> float:
         """The share of the input's squares from which on the dense body is the faster one.
@@ -323,6 +324,13 @@ def _record(
         torch.cuda.synchronize()
         raise failure or error from None
     return graph, returned
+
+
+def _milliseconds_in_graph(run: Callable[[], None], pool: Any) -> float:
+    """The time of a call without that of its launches."""
+    run()  # once before, so that cuDNN chooses its algorithms
+    graph, _ = _record(run, pool=pool)
+    return _milliseconds(lambda: None, graph)
 
 
 def _milliseconds(prepare: Callable[[], None], body: torch.cuda.CUDAGraph) -> float:

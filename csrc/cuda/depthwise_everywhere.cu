@@ -59,21 +59,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const FastActivation act(p.act);
   T* to =
       static_cast<T*>(p.acc.data) + ((static_cast<int64_t>(n) * h + y0) * w + x0) * p.acc.ld + c0;
-  Row window[kTaps];
+  Row window[kTaps], next[kStride];  // asked for while the row before is computed
   int iy = y0 * kStride - p.pad_y;
 #pragma unroll
   for (int j = kStride; j < kTaps; ++j) fetch(window[j], iy + j - kStride);
   iy += kTaps - kStride;
+#pragma unroll
+  for (int j = 0; j < kStride; ++j) fetch(next[j], iy++);
 #pragma unroll 1
   for (int row = 0; row < rows; ++row, to += w * p.acc.ld) {
 #pragma unroll
     for (int j = 0; j < kTaps; ++j) {
-      if (j < kTaps - kStride) {
 #pragma unroll
-        for (int i = 0; i < kInputs; ++i) window[j][i] = window[j + kStride][i];
-      } else {
-        fetch(window[j], iy++);
-      }
+      for (int i = 0; i < kInputs; ++i)
+        window[j][i] = j < kTaps - kStride ? window[j + kStride][i] : next[j - kTaps + kStride][i];
+    }
+    if (row + 1 < rows) {
+#pragma unroll
+      for (int j = 0; j < kStride; ++j) fetch(next[j], iy++);
     }
 #pragma unroll
     for (int column = 0; column < kOutputs; ++column) {
@@ -88,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
           y[i] = fmaf(to_float(x.elements[i]), to_float(weights[tap].elements[i]), y[i]);
       }
       if (column >= columns) break;
-      act.apply(p.act, c0, kVector, y);
+      apply_in_half(act, p.act, c0, y);
       store_vector(to + column * p.acc.ld, kVector, true, y);
     }
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltafx.ops.conv2d import conv2d
-from deltafx.ops.everywhere import binary_everywhere, conv2d_everywhere
+from deltafx.ops.everywhere import binary_everywhere, conv2d_everywhere, ways
 
 pytestmark = pytest.mark.cuda
 
@@ -21,6 +22,8 @@ SHAPES = [
     (3, 64, 7, 2, 3, 1, 1), (64, 64, 1, 1, 0, 1, 1), (64, 130, 3, 1, 1, 1, 1),
     (17, 21, 3, 2, 2, 2, 1), (72, 72, 3, 1, 1, 1, 72), (64, 32, 3, 1, 1, 1, 4),
     (24, 24, 3, 2, 1, 1, 24), (8, 8, 3, 2, 0, 1, 8), (16, 16, 3, 1, 2, 1, 16),
+    (4, 32, 3, 2, 1, 1, 1), (4, 24, 7, 2, 3, 1, 1), (24, 144, 1, 1, 0, 1, 1),
+    (144, 24, 1, 1, 0, 1, 1), (40, 200, 1, 1, 0, 1, 1), (24, 72, 1, 1, 1, 1, 1),
     (16, 16, 3, 1, 2, 2, 16), (12, 12, 3, 1, 1, 1, 12), (16, 16, 5, 2, 2, 1, 16),
     (8, 1, 1, 1, 0, 1, 1),
 ]  # fmt: skip
@@ -64,19 +67,19 @@ def wide(given: dict[str, Any]) -> Tensor:
     return conv2d(**{k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()})
 
 
-@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("start", [0, 5, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=lambda e: "-".join(map(str, e)))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_conv2d(
-    shape: tuple[int, ...], epilogue: dict[str, Any], dtype: torch.dtype, sliced: bool
+    shape: tuple[int, ...], epilogue: dict[str, Any], dtype: torch.dtype, start: int
 ) -> None:
     given = made(shape, epilogue, dtype)
     exact, rough = wide(given), conv2d(**given).double()
     n, c, h, w = exact.shape
-    room = torch.full((n, c + 7 * sliced, h, w), OUTSIDE, dtype=dtype, device="cuda")
+    room = torch.full((n, c + 2 * start, h, w), OUTSIDE, dtype=dtype, device="cuda")
     room = channels_last(room)
-    acc = room[:, 5 : 5 + c] if sliced else room
+    acc = room[:, start : start + c] if start else room
     bias = given["bias"]
     flag = torch.zeros(1, dtype=torch.int32, device="cuda")
     named = {"pre_scale": None, "pre_shift": None, "pre_act": "identity"}
@@ -92,14 +95,16 @@ def test_conv2d(
         False,
     )
     named["rounded_bias"] = (zeros if bias is None else bias).to(dtype)
-    conv2d_everywhere(acc, flag, **named)
-    error = (acc.double() - exact).norm() / exact.norm()
-    own = (rough - exact).norm() / exact.norm()
-    assert error <= 2 * own + torch.finfo(dtype).eps
+    telling = {name: named[name] for name in signature(ways).parameters if name != "acc"}
+    for way in ways(acc, **telling):
+        acc.fill_(OUTSIDE)
+        conv2d_everywhere(acc, flag, **named, way=way)
+        error = (acc.double() - exact).norm() / exact.norm()
+        own = (rough - exact).norm() / exact.norm()
+        assert error <= 2 * own + torch.finfo(dtype).eps, way
     assert flag.item() == 0
-    if sliced:
-        assert (room[:, :5] == OUTSIDE).all()
-        assert (room[:, 5 + c :] == OUTSIDE).all()
+    assert (room[:, :start] == OUTSIDE).all()
+    assert (room[:, start + c :] == OUTSIDE).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
