@@ -239,9 +239,7 @@ class FrameGraph:
         # Outside of a frame: no other op has a candidate.
         torch.ops.deltafx.clear_masks(masks, counts)
         gm = fx.GraphModule(self._tensors, self._everywhere)
-        pool = self._bodies[0].pool()
-        timer = functools.partial(_milliseconds_in_graph, pool=pool)
-        choose_ways(gm, tuple(self._inputs), timer)
+        choose_ways(gm, tuple(self._inputs), _milliseconds_in_graph)
         run = self._runner(self._everywhere)
 
         def body() -> None:
@@ -251,7 +249,7 @@ class FrameGraph:
                     own.copy_(other)
             counts.copy_(self._all_sites)
 
-        return _record(body, keep_graph=True, pool=pool)[0]
+        return _record(body, keep_graph=True, pool=self._bodies[0].pool())[0]
 
     def _measure_switch(self) -> float:
         """The share of the input's squares from which on the dense body is the faster one.
@@ -326,10 +324,10 @@ def _record(
     return graph, returned
 
 
-def _milliseconds_in_graph(run: Callable[[], None], pool: Any) -> float:
-    """The time of a call without that of its launches."""
+def _milliseconds_in_graph(run: Callable[[], None]) -> float:
+    """The time of a call without that of its launches; keeps no memory."""
     run()  # once before, so that cuDNN chooses its algorithms
-    graph, _ = _record(run, pool=pool)
+    graph, _ = _record(run)
     return _milliseconds(lambda: None, graph)
 
 

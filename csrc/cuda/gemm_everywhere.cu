@@ -200,18 +200,22 @@ cudaError_t launch_groups(const GemmEverywhereParams& p, cudaStream_t stream) {
   return launch(gemm_everywhere_kernel<Math, kPointwise, kGroups>, grid, stream, p, tiles);
 }
 
-// As few groups of channels as fill them best: those that are left over are computed in vain.
-int groups_for(int64_t channels) {
-  const auto needed = static_cast<int>((channels + kGroup - 1) / kGroup);
-  int best = kMostGroups;
-  for (int groups = kMostGroups; groups > 0; --groups)
-    if ((groups - needed % groups) % groups < (best - needed % best) % best) best = groups;
+// Groups of channels in a tile: so many that all tiles together copy the fewest rows of sites and
+// weights, but one where there would be fewer tiles than multiprocessors.
+int groups_for(const FeatureMap& acc) {
+  const int64_t tiles = (acc.sites() + kRows - 1) / kRows, needed = (acc.c + kGroup - 1) / kGroup;
+  const auto columns = [&](int groups) { return (needed + groups - 1) / groups; };
+  const auto rows = [&](int groups) { return columns(groups) * (kRows / kGroup + groups); };
+  int best = 1;
+  for (int groups = 2; groups <= kMostGroups; ++groups)
+    if (rows(groups) < rows(best) && tiles * columns(groups) >= current_device().multiprocessors)
+      best = groups;
   return best;
 }
 
 template <class Math, bool kPointwise>
 cudaError_t launch_as(const GemmEverywhereParams& p, cudaStream_t stream) {
-  switch (groups_for(p.acc.c)) {
+  switch (groups_for(p.acc)) {
     case 1:
       return launch_groups<Math, kPointwise, 1>(p, stream);
     case 2:
