@@ -93,16 +93,19 @@ class Weights {
   // Only asks for them. `any`: the thread has channels.
   __device__ Weights(const GemmParams& p, int c0, bool any)
       : from_(static_cast<const T*>(p.weight) + c0), channels_(static_cast<int>(p.out.acc.c)) {
-    if (!kKept || !any) return;
+    if constexpr (kKept) {
+      if (!any) return;
 #pragma unroll
-    for (int tap = 0; tap < kNumber; ++tap) asked_[tap].load(from_ + tap * channels_);
+      for (int tap = 0; tap < kNumber; ++tap) asked_[tap].load(from_ + tap * channels_);
+    }
   }
   __device__ void arrive() {
-    if (!kKept) return;
+    if constexpr (kKept) {
 #pragma unroll
-    for (int tap = 0; tap < kNumber; ++tap) {
+      for (int tap = 0; tap < kNumber; ++tap) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) kept_[tap][i] = to_float(asked_[tap].elements[i]);
+        for (int i = 0; i < kVector; ++i) kept_[tap][i] = to_float(asked_[tap].elements[i]);
+      }
     }
   }
   template <int kRows>
