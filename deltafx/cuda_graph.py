@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from typing_extensions import override
 
+from deltafx.choose_ways import choose_ways
 from deltafx.errors import CudaGraphWarning, UnsupportedDeviceError
 from deltafx.ops.encode import is_frame
 from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan, lose_state, place_name
@@ -277,14 +278,12 @@ class FrameGraph:
 
     def _record_everywhere(self, outputs: list[Any]) -> torch.cuda.CUDAGraph:
         assert self._everywhere is not None
-        run, masks, counts = (
-            self._runner(self._everywhere),
-            self._tensors[MASKS],
-            self._tensors[COUNTS],
-        )
-        # Once outside of a frame: cuDNN chooses its algorithms, and no other op has a candidate.
+        masks, counts = self._tensors[MASKS], self._tensors[COUNTS]
+        # Outside of a frame: no other op has a candidate.
         torch.ops.deltafx.clear_masks(masks, counts)
-        run()
+        gm = fx.GraphModule(self._tensors, self._everywhere)
+        choose_ways(gm, tuple(self._inputs), _milliseconds_in_graph)
+        run = self._runner(self._everywhere)
 
         def body() -> None:
             masks.fill_(True)
@@ -366,6 +365,13 @@ def _record(
         torch.cuda.synchronize()
         raise failure or error from None
     return graph, returned
+
+
+def _milliseconds_in_graph(run: Callable[[], None]) -> float:
+    """The time of a call without that of its launches; keeps no memory."""
+    run()  # once before, so that cuDNN chooses its algorithms
+    graph, _ = _record(run)
+    return _milliseconds(lambda: None, graph)
 
 
 def _milliseconds(prepare: Callable[[], None], body: torch.cuda.CUDAGraph) -> float:

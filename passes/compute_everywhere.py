@@ -72,7 +72,8 @@ def _given(node: fx.Node) -> dict[str, Any]:
 def _replace(graph: fx.Graph, node: fx.Node, function: Any, more: dict[str, fx.Node]) -> None:
     """Calls `function` in an operator's place, with what it takes of the operator's arguments."""
     given = {**_given(node), **more}
-    call = tuple(given[name] for name in inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters.values()
+    call = tuple(given[p.name] for p in parameters if p.default is p.empty)
     with graph.inserting_before(node):
         graph.call_function(function, call).meta = dict(node.meta)
     graph.erase_node(node)

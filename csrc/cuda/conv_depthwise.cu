@@ -1,6 +1,10 @@
-// Depthwise convolution in vectors of eight channels: bound by bytes and latency, so all taps of a
+// Depthwise convolution in vectors of eight channels, bound by instructions and latency: a thread
+// keeps its channels, and so their weights, and goes from candidate to candidate; all taps of a
 // row, and of a 3x3 window all nine, are asked for before the first is used.
 #include "cuda/conv_depthwise.h"
+
+#include <algorithm>
+#include <cstdlib>
 
 #include "cuda/conv_query.cuh"
 #include "cuda/own_list.cuh"
@@ -9,44 +13,148 @@
 namespace deltafx::cuda {
 namespace {
 
-constexpr int kThreads = 256, kBlocksPerMultiprocessor = 2;
+constexpr int kThreads = 128, kBlocksPerMultiprocessor = 3;
 
-// A row of a window: kTaps vectors of the input. The weights are few and come from the cache.
-template <class T, int kTaps>
-struct TapRow {
-  Packet<T> x[kTaps];
+// How the work is divided: `vectors` threads share a site, and `sites` such teams go through them.
+struct Teams {
+  Divisor vectors;
+  int sites;
+  int list_offset;  // of a list of its own in shared memory, bytes
+};
 
-  __device__ void fetch(const GemmParams& p, const T* row, int left, bool inside) {
-    const int step = p.x_axis.phase.step;
+// A map's bytes from a site to the next one, from a row to the next, and between taps.
+struct Pitches {
+  int site, row, tap_x, tap_y;
+  template <class T>
+  __device__ Pitches(const GemmParams& p, T)
+      : site(static_cast<int>(p.x.ld) * static_cast<int>(sizeof(T))),
+        row(static_cast<int>(p.x.w) * site),
+        tap_x(p.x_axis.phase.step * site),
+        tap_y(p.y.phase.step * row) {}
+};
+
+template <class T>
+__device__ __forceinline__ const T* beyond(const T* from, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) + bytes);
+}
+
+// kRows x kColumns vectors of the input, those outside of it 0.
+template <class T, int kRows, int kColumns>
+struct Taps {
+  Packet<T> x[kRows][kColumns];
+
+  // `first`: the vector at (top, left), where it would lie if that is outside.
+  __device__ void fetch(const GemmParams& p, const Pitches& pitches, const T* first, int top,
+                        int left) {
+    const int down = p.y.phase.step, right = p.x_axis.phase.step;
+    const auto inside = [](int i, int64_t size) {
+      return static_cast<unsigned>(i) < static_cast<unsigned>(size);
+    };
+    if (inside(top, p.x.h) && inside(top + (kRows - 1) * down, p.x.h) && inside(left, p.x.w) &&
+        inside(left + (kColumns - 1) * right, p.x.w)) {
 #pragma unroll
-    for (int j = 0; j < kTaps; ++j) {
-      const int ix = left + j * step;
-      const bool reads = inside && ix >= 0 && ix < p.x.w;
+      for (int jy = 0; jy < kRows; ++jy) {
+        const T* row = beyond(first, static_cast<int64_t>(jy) * pitches.tap_y);
 #pragma unroll
-      for (uint4& word : x[j].words) word = make_uint4(0, 0, 0, 0);
-      if (reads) x[j].load(row + j * step * p.x.ld);
+        for (int jx = 0; jx < kColumns; ++jx)
+          x[jy][jx].load(beyond(row, static_cast<int64_t>(jx) * pitches.tap_x));
+      }
+      return;
     }
-  }
-  __device__ void add_to(float (&y)[kVector], const T* weights, int channels) const {
 #pragma unroll
-    for (int j = 0; j < kTaps; ++j) {
-      Packet<T> weight;
-      weight.load(weights + j * channels);
+    for (int jy = 0; jy < kRows; ++jy) {
+      const T* row = beyond(first, static_cast<int64_t>(jy) * pitches.tap_y);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        y[i] = fmaf(to_float(x[j].elements[i]), to_float(weight.elements[i]), y[i]);
+      for (int jx = 0; jx < kColumns; ++jx) {
+#pragma unroll
+        for (uint4& word : x[jy][jx].words) word = make_uint4(0, 0, 0, 0);
+        if (inside(top + jy * down, p.x.h) && inside(left + jx * right, p.x.w))
+          x[jy][jx].load(beyond(row, static_cast<int64_t>(jx) * pitches.tap_x));
+      }
     }
   }
 };
 
-// kLanes threads have a truncation group of a site. kTaps: of a row.
+template <class T>
+__device__ __forceinline__ void add_tap(float (&y)[kVector], const Packet<T>& x,
+                                        const float (&weight)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) y[i] = fmaf(to_float(x.elements[i]), weight[i], y[i]);
+}
+
+// A thread's weights. Those of a 3x3 window in half precision stay in registers; the others are too
+// many, and come from the cache each time.
+template <class T, int kTaps>
+class Weights {
+  static constexpr bool kKept = kTaps == 3 && sizeof(T) == 2;
+  static constexpr int kNumber = kKept ? kTaps * kTaps : 1;
+
+ public:
+  // Only asks for them. `any`: the thread has channels.
+  __device__ Weights(const GemmParams& p, int c0, bool any)
+      : from_(static_cast<const T*>(p.weight) + c0), channels_(static_cast<int>(p.out.acc.c)) {
+    if constexpr (kKept) {
+      if (!any) return;
+#pragma unroll
+      for (int tap = 0; tap < kNumber; ++tap) asked_[tap].load(from_ + tap * channels_);
+    }
+  }
+  __device__ void arrive() {
+    if constexpr (kKept) {
+#pragma unroll
+      for (int tap = 0; tap < kNumber; ++tap) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) kept_[tap][i] = to_float(asked_[tap].elements[i]);
+      }
+    }
+  }
+  template <int kRows>
+  __device__ void add(float (&y)[kVector], const Taps<T, kRows, kTaps>& taps, int first_row) const {
+#pragma unroll
+    for (int jy = 0; jy < kRows; ++jy) {
+#pragma unroll
+      for (int jx = 0; jx < kTaps; ++jx) {
+        if constexpr (kKept) {
+          add_tap(y, taps.x[jy][jx], kept_[jy * kTaps + jx]);
+        } else {
+          float weight[kVector];
+          load_vector(from_ + ((first_row + jy) * kTaps + jx) * channels_, kVector, true, weight);
+          add_tap(y, taps.x[jy][jx], weight);
+        }
+      }
+    }
+  }
+
+ private:
+  const T* from_;
+  int channels_;
+  Packet<T> asked_[kNumber];
+  float kept_[kNumber][kVector];
+};
+
+// kLanes threads have a truncation group of a site; 0: nothing is compared, every candidate is
+// written. kTaps: of a row.
 template <class T, int kLanes, int kTaps>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    depthwise_kernel(const __grid_constant__ GemmParams p) {
+    depthwise_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ Teams teams) {
   extern __shared__ __align__(16) char shared[];
-  wait_for_inputs();
+  constexpr bool kCompares = kLanes > 0;
+  const FeatureMap& acc = p.out.acc;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  // Warps that follow one another are in different blocks, so that few candidates keep all busy.
+  const int thread =
+      (warp * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x)) * 32 + lane;
+  const int team = teams.vectors.divide(thread), first_team = teams.vectors.divide(thread - lane);
+  const int c0 = (thread - team * teams.vectors.value) * kVector;
+  const bool works = team < teams.sites && c0 < static_cast<int>(acc.c);
+  // The kernel that made the list began when all before it were done, so the weights are there.
+  if (p.lists_itself) wait_for_inputs();
+  Weights<T, kTaps> weights(p, c0, works);
+  float bias[kVector] = {};
+  if (works && p.bias != nullptr) load_floats(p.bias + c0, kVector, bias);
+  if (!p.lists_itself) wait_for_inputs();
   int size, first_entry = 0;
-  auto* own_list = reinterpret_cast<uint16_t*>(shared + kOwnMaskBytes);
+  auto* own_list = reinterpret_cast<uint16_t*>(shared + teams.list_offset);
   if (p.lists_itself) {
     const ConvQuery query{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr};
     size = list_own<kThreads>(query, p.runs, p.out, shared, own_list);
@@ -54,86 +162,94 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     first_entry = p.list.first();
     size = p.list.last() - first_entry;
   }
-  const FeatureMap& acc = p.out.acc;
+  const auto site_of = [&](int entry) {
+    if (!works || entry >= size) return -1;
+    return p.lists_itself ? static_cast<int>(own_list[entry])
+                          : site_in(p.list.entries[first_entry + entry]);
+  };
+  int next = site_of(team);
+  weights.arrive();
   const FastActivation act(p.act);
-  const int channels = static_cast<int>(acc.c), lane = static_cast<int>(threadIdx.x) % 32;
-  const int groups =
-      (channels + static_cast<int>(kTruncationGroup) - 1) / static_cast<int>(kTruncationGroup);
-  const int work = size * groups;
-  const int warp = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) / 32;
-  constexpr int kUnits = 32 / kLanes;  // of a warp
+  const GroupRule rule(p.out, c0, works ? kVector : 0);
+  const Pitches pitches(p, T{});
+  const auto acc_ld = static_cast<int>(acc.ld);
+  const T* const x = static_cast<const T*>(p.x.data) + c0;
+  T* const y_of_first = static_cast<T*>(acc.data) + c0;
   SiteMarks marks;
-  for (int first = warp * kUnits; first < work;
-       first += static_cast<int>(gridDim.x) * kThreads / kLanes) {
-    const int own = first + lane / kLanes;
-    const bool valid = own < work;
-    const int entry = valid ? own / groups : 0, group = own - own / groups * groups;
-    const int site = !valid           ? 0
-                     : p.lists_itself ? static_cast<int>(own_list[entry])
-                                      : site_in(p.list.entries[first_entry + entry]);
-    const int c0 = group * static_cast<int>(kTruncationGroup) + lane % kLanes * kVector;
-    const int count = valid && c0 < channels ? kVector : 0;
-    float y[kVector] = {}, old[kVector] = {};
-    T* to = static_cast<T*>(acc.data) + site * acc.ld + c0;
-    if (count > 0) {
+#pragma unroll 1
+  for (int entry = team; entry - team + first_team < size; entry += teams.sites) {
+    const int site = next;
+    next = site_of(entry + teams.sites);
+    float y[kVector], old[kVector] = {};
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) y[i] = bias[i];
+    T* const to = y_of_first + static_cast<int64_t>(site) * acc_ld;
+    if (site >= 0) {
       const Position at = position_of(site, p.h, p.w);
       const int top = p.y.base(at.y), left = p.x_axis.base(at.x);
-      const T* weights = static_cast<const T*>(p.weight) + c0;
-      const T* row =
-          static_cast<const T*>(p.x.data) + ((at.n * p.x.h + top) * p.x.w + left) * p.x.ld + c0;
-      const int64_t pitch = p.y.phase.step * p.x.w * p.x.ld;
-      const auto inside = [&](int jy) {
-        const int iy = top + jy * p.y.phase.step;
-        return iy >= 0 && iy < p.x.h;
-      };
+      const int row = at.n * static_cast<int>(p.x.h) + top;
+      const T* const first = beyond(beyond(x, static_cast<int64_t>(row) * pitches.row),
+                                    static_cast<int64_t>(left) * pitches.site);
       Packet<T> before;
-      if (p.out.truncation.policy != Policy::none) before.load(to);
+      if constexpr (kCompares) before.load(to);
       if constexpr (kTaps == 3) {
-        TapRow<T, kTaps> rows[3];
-#pragma unroll
-        for (int jy = 0; jy < 3; ++jy) rows[jy].fetch(p, row + jy * pitch, left, inside(jy));
-        if (p.bias != nullptr) load_floats(p.bias + c0, kVector, y);
-#pragma unroll
-        for (int jy = 0; jy < 3; ++jy)
-          rows[jy].add_to(y, weights + jy * kTaps * channels, channels);
+        Taps<T, 3, 3> window;
+        window.fetch(p, pitches, first, top, left);
+        weights.add(y, window, 0);
       } else {
-        if (p.bias != nullptr) load_floats(p.bias + c0, kVector, y);
 #pragma unroll 1
         for (int jy = 0; jy < p.y.phase.taps; ++jy) {
-          TapRow<T, kTaps> taps;
-          taps.fetch(p, row + jy * pitch, left, inside(jy));
-          taps.add_to(y, weights + jy * kTaps * channels, channels);
+          Taps<T, 1, kTaps> taps;
+          taps.fetch(p, pitches, beyond(first, static_cast<int64_t>(jy) * pitches.tap_y),
+                     top + jy * p.y.phase.step, left);
+          weights.add(y, taps, jy);
         }
       }
       act.apply(p.act, c0, kVector, y);
-      if (p.out.truncation.policy != Policy::none) {
+      if constexpr (kCompares) {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) old[i] = to_float(before.elements[i]);
+      } else {
+        store_vector(to, kVector, true, y);
+        if (c0 == 0) p.out.mask.data[site] = 1;
       }
     }
-    const GroupRule rule(p.out, c0, count);
-    round_to<T>(y, count);
-    const bool changed = rule.template changed<kLanes>(y, old);
-    if (!valid || !changed) continue;
-    if (count > 0) store_vector(to, count, true, y);
-    if (lane % kLanes == 0) marks.set(p, site, first_entry + entry);
+    if constexpr (kCompares) {
+      round_to<T>(y, site >= 0 ? kVector : 0);
+      const bool changed = rule.template changed<kLanes>(y, old);
+      if (site < 0 || !changed) continue;
+      store_vector(to, kVector, true, y);
+      if (lane % kLanes == 0) marks.set(p, site, first_entry + entry);
+    }
   }
-  const int found = __reduce_add_sync(kAllLanes, marks.count());
-  if (lane == 0 && found > 0) add_to(p.out.counts + 1, found);
+  if constexpr (kCompares) {
+    const int found = __reduce_add_sync(kAllLanes, marks.count());
+    if (lane == 0 && found > 0) add_to(p.out.counts + 1, found);
+  } else if (thread == 0 && size > 0) {
+    add_to(p.out.counts + 1, size);
+  }
 }
 
 template <class T, int kLanes, int kTaps>
 cudaError_t launch_depthwise(const GemmParams& p, cudaStream_t stream) {
-  const int64_t groups = (p.out.acc.c + kTruncationGroup - 1) / kTruncationGroup;
-  const int64_t needed = (p.out.acc.sites() * groups * kLanes + kThreads - 1) / kThreads;
+  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t vectors =
+      kLanes == 0 ? p.out.acc.c / kVector : up(p.out.acc.c, kTruncationGroup) * kLanes;
   const int64_t most = int64_t{kBlocksPerMultiprocessor} * current_device().multiprocessors;
-  const int shared_bytes = p.lists_itself ? kOwnMaskBytes + kOwnListBytes : 0;
-  const Grid grid{static_cast<int>(needed < most ? needed : most), kThreads, shared_bytes};
-  return launch(depthwise_kernel<T, kLanes, kTaps>, grid, stream, p);
+  const int64_t blocks =
+      std::max(std::min(up(p.out.acc.sites() * vectors, kThreads), most), up(vectors, kThreads));
+  // As much as can_list_itself counts with.
+  const int mask_bytes = static_cast<int>(up(p.x_mask.sites() + 96, 16) * 16);
+  const int list_bytes = p.runs.count() * kFlags * static_cast<int>(sizeof(uint16_t));
+  const Grid grid{static_cast<int>(blocks), kThreads, p.lists_itself ? mask_bytes + list_bytes : 0};
+  const Teams teams{Divisor(static_cast<int>(vectors)),
+                    static_cast<int>(blocks * kThreads / vectors), mask_bytes};
+  return launch(depthwise_kernel<T, kLanes, kTaps>, grid, stream, p, teams);
 }
 
 template <class T, int kTaps>
 cudaError_t launch_taps(const GemmParams& p, cudaStream_t stream) {
+  if (p.out.truncation.policy == Policy::none) return launch_depthwise<T, 0, kTaps>(p, stream);
   return p.out.acc.c <= 32 ? launch_depthwise<T, 4, kTaps>(p, stream)
                            : launch_depthwise<T, 8, kTaps>(p, stream);
 }
@@ -147,7 +263,10 @@ cudaError_t launch_type(const GemmParams& p, cudaStream_t stream) {
 
 bool conv_depthwise_takes(const GemmParams& p) {
   const int taps = p.x_axis.phase.taps;
-  return p.pre_scale == nullptr && p.residual.data == nullptr &&
+  constexpr int64_t kMost = 1 << 30;
+  const int64_t row = p.x.w * p.x.ld * static_cast<int64_t>(sizeof(float));
+  return row * std::abs(p.y.phase.step) < kMost && p.out.acc.ld < kMost / 4 &&
+         p.pre_scale == nullptr && p.residual.data == nullptr &&
          ((taps == 3 && p.y.phase.taps == 3) || taps == 5) && is_aligned(p.x) && p.acc_aligned &&
          reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
 }

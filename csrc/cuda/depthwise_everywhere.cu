@@ -1,6 +1,6 @@
-// depthwise_everywhere: bound by bytes. A thread has eight channels of a few columns and goes down
-// the rows, so that it reads each input row once. Sums are those of the kernel for candidates, in
-// the same order.
+// depthwise_everywhere: bound by bytes, if each is converted once. A thread has eight channels of
+// two columns and goes down the rows: a row of inputs is added to all outputs that it is part of
+// while the next one is on its way. Sums are those of the kernel for candidates, in the same order.
 #include "cuda/depthwise_everywhere.h"
 
 #include "cuda/activation.cuh"
@@ -10,6 +10,7 @@ namespace deltafx::cuda {
 namespace {
 
 constexpr int kThreads = 128, kBlocksPerMultiprocessor = 3, kTaps = 3, kMostRows = 16;
+constexpr int kOutputs = 2;  // of a thread, side by side
 
 // How the map is divided among threads: innermost the channels, then columns, rows and streams.
 struct Division {
@@ -18,14 +19,14 @@ struct Division {
   int total;
 };
 
-constexpr int outputs_of(int stride) { return stride == 1 ? 4 : 2; }
+// Sums of a thread's outputs in one row.
+using Sums = float[kOutputs][kVector];
 
 template <class T, int kStride>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     depthwise_everywhere_kernel(const __grid_constant__ DepthwiseParams p,
                                 const __grid_constant__ Division division) {
-  constexpr int kOutputs = outputs_of(kStride), kInputs = (kOutputs - 1) * kStride + kTaps;
-  using Row = Packet<T>[kInputs];
+  constexpr int kInputs = (kOutputs - 1) * kStride + kTaps;
   wait_for_inputs();
   const int unit = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   if (unit >= division.total) return;
@@ -38,58 +39,90 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int rows = min(division.rows, h - y0), columns = min(kOutputs, w - x0);
   const int in_h = static_cast<int>(p.x.h), in_w = static_cast<int>(p.x.w);
   const int left = x0 * kStride - p.pad_x;
-  const T* const stream = static_cast<const T*>(p.x.data) + n * p.x.h * p.x.w * p.x.ld + c0;
-  const auto fetch = [&](Row& row, int iy) {
-    const bool inside = iy >= 0 && iy < in_h;
-    const T* from = stream + (static_cast<int64_t>(iy) * in_w + left) * p.x.ld;
+  int iy = y0 * kStride - p.pad_y;  // of the next row of inputs
+  const int end = min(in_h, (y0 + rows - 1) * kStride - p.pad_y + kTaps);
+  const T* from = static_cast<const T*>(p.x.data) + c0 +
+                  ((static_cast<int64_t>(n) * in_h + iy) * in_w + left) * p.x.ld;
+  Packet<T> next[kInputs];
+  const auto fetch = [&](int i) {
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) {
-#pragma unroll
-      for (uint4& word : row[i].words) word = make_uint4(0, 0, 0, 0);
-      if (inside && left + i >= 0 && left + i < in_w) row[i].load(from + i * p.x.ld);
-    }
+    for (uint4& word : next[i].words) word = make_uint4(0, 0, 0, 0);
+    if (iy >= 0 && iy < end && left + i >= 0 && left + i < in_w) next[i].load(from + i * p.x.ld);
   };
-  Packet<T> weights[kTaps * kTaps];
+#pragma unroll
+  for (int i = 0; i < kInputs; ++i) fetch(i);
+  float weights[kTaps][kTaps][kVector], bias[kVector] = {};
   const int channels = static_cast<int>(p.acc.c);
 #pragma unroll
   for (int tap = 0; tap < kTaps * kTaps; ++tap)
-    weights[tap].load(static_cast<const T*>(p.weight) + tap * channels + c0);
-  float bias[kVector] = {};
+    load_vector(static_cast<const T*>(p.weight) + tap * channels + c0, kVector, true,
+                weights[tap / kTaps][tap % kTaps]);
   if (p.bias != nullptr) load_floats(p.bias + c0, kVector, bias);
+  // Adds the next row of inputs to the outputs whose tap row 0, 1 or 2 it is, and fetches the row
+  // below it.
+  const auto add_row = [&](Sums* of_0, Sums* of_1, Sums* of_2) {
+    Sums* const outputs[kTaps] = {of_0, of_1, of_2};
+    ++iy;
+    from += in_w * p.x.ld;
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) {
+      float x[kVector];
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) x[e] = to_float(next[i].elements[e]);
+      fetch(i);
+#pragma unroll
+      for (int column = 0; column < kOutputs; ++column) {
+        const int jx = i - column * kStride;
+        if (jx < 0 || jx >= kTaps) continue;
+#pragma unroll
+        for (int jy = 0; jy < kTaps; ++jy) {
+          if (outputs[jy] == nullptr) continue;
+          float (&y)[kVector] = (*outputs[jy])[column];
+#pragma unroll
+          for (int e = 0; e < kVector; ++e) y[e] = fmaf(x[e], weights[jy][jx][e], y[e]);
+        }
+      }
+    }
+  };
+  const auto begin = [&](Sums& sums) {
+#pragma unroll
+    for (int column = 0; column < kOutputs; ++column) {
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) sums[column][e] = bias[e];
+    }
+  };
   const FastActivation act(p.act);
   T* to =
       static_cast<T*>(p.acc.data) + ((static_cast<int64_t>(n) * h + y0) * w + x0) * p.acc.ld + c0;
-  Row window[kTaps];
-  int iy = y0 * kStride - p.pad_y;
-#pragma unroll
-  for (int j = kStride; j < kTaps; ++j) fetch(window[j], iy + j - kStride);
-  iy += kTaps - kStride;
+  Sums sums, below, last;  // of this row of outputs, and of the two after it
+  begin(sums);
+  add_row(&sums, nullptr, nullptr);
+  if constexpr (kStride == 1) {
+    begin(below);
+    add_row(&below, &sums, nullptr);
+  }
 #pragma unroll 1
   for (int row = 0; row < rows; ++row, to += w * p.acc.ld) {
-#pragma unroll
-    for (int j = 0; j < kTaps; ++j) {
-      if (j < kTaps - kStride) {
-#pragma unroll
-        for (int i = 0; i < kInputs; ++i) window[j][i] = window[j + kStride][i];
-      } else {
-        fetch(window[j], iy++);
-      }
+    begin(last);
+    if constexpr (kStride == 1) {
+      add_row(&last, &below, &sums);
+    } else {
+      add_row(nullptr, &sums, nullptr);
+      add_row(&last, nullptr, &sums);
     }
 #pragma unroll
     for (int column = 0; column < kOutputs; ++column) {
-      float y[kVector];
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) y[i] = bias[i];
-#pragma unroll
-      for (int tap = 0; tap < kTaps * kTaps; ++tap) {
-        const Packet<T>& x = window[tap / kTaps][column * kStride + tap % kTaps];
-#pragma unroll
-        for (int i = 0; i < kVector; ++i)
-          y[i] = fmaf(to_float(x.elements[i]), to_float(weights[tap].elements[i]), y[i]);
-      }
       if (column >= columns) break;
-      act.apply(p.act, c0, kVector, y);
-      store_vector(to + column * p.acc.ld, kVector, true, y);
+      apply_in_half(act, p.act, c0, sums[column]);
+      store_vector(to + column * p.acc.ld, kVector, true, sums[column]);
+    }
+#pragma unroll
+    for (int column = 0; column < kOutputs; ++column) {
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        sums[column][e] = kStride == 1 ? below[column][e] : last[column][e];
+        below[column][e] = last[column][e];
+      }
     }
   }
 }
@@ -98,12 +131,18 @@ template <class T, int kStride>
 cudaError_t launch_stride(const DepthwiseParams& p, cudaStream_t stream) {
   const FeatureMap& acc = p.acc;
   const auto up = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
-  const int vectors = static_cast<int>(acc.c / kVector), strips = up(acc.w, outputs_of(kStride));
-  const int64_t enough =
-      int64_t{2} * current_device().multiprocessors * kBlocksPerMultiprocessor * kThreads;
+  const int vectors = static_cast<int>(acc.c / kVector), strips = up(acc.w, kOutputs);
+  // Of the divisions into chunks of rows the one that takes the fewest turns of a row, two of which
+  // a chunk has before its first output, when the device has its fill of threads again and again.
+  const int64_t fill =
+      int64_t{current_device().multiprocessors} * kBlocksPerMultiprocessor * kThreads;
   const int64_t columns = acc.n * strips * vectors;
+  const auto turns = [&](int rows) {
+    return up(columns * up(acc.h, rows), fill) * int64_t{rows + kTaps - 1};
+  };
   int rows = kMostRows;
-  while (rows > 1 && columns * up(acc.h, rows) < enough) rows /= 2;
+  for (int fewer = kMostRows - 1; fewer > 0; --fewer)
+    if (turns(fewer) < turns(rows)) rows = fewer;
   const int chunks = up(acc.h, rows);
   const Division division{Divisor(vectors), Divisor(strips), Divisor(chunks), rows,
                           static_cast<int>(columns * chunks)};

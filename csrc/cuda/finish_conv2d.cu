@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// (The intrinsics are exact enough for half precision: 2 units in the last place of an fp32.)
 // A thread keeps its eight channels and goes from site to site; `lanes` threads hold the channels
 // of a row of blocks.
 template <class T>
@@ -42,8 +41,8 @@ __global__ void __launch_bounds__(kThreads)
       v[i] += bias[i];
       if (!p.residual_after_act) v[i] += residual[i];
     }
-    if (sizeof(T) == 2 && p.act.kind == Act::silu)
-      map_vector(v, [](float x) { return __fdividef(x, 1.f + __expf(-x)); });
+    if (sizeof(T) == 2 && count == kVector)
+      apply_in_half(activation, p.act, c0, v);
     else
       activation.apply(p.act, c0, count, v);
     if (p.residual_after_act) {

@@ -44,6 +44,7 @@ def conv2d_everywhere(
     act: str,
     act_params: Sequence[float],
     act_weight: Tensor | None,
+    way: str | None = None,
 ) -> None:
     """Computes the whole accumulator of a convolution.
 
@@ -68,6 +69,7 @@ def conv2d_everywhere(
         act: Name.
         act_params: Its numbers.
         act_weight: [O].
+        way: One of `ways`; by default the first.
     """
     if not (acc.is_cuda and torch.backends.cudnn.is_acceptable(x)):
         acc.copy_(
@@ -77,24 +79,25 @@ def conv2d_everywhere(
             )
         )  # fmt: skip
         return
-    half = acc.dtype.itemsize == 2
-    if (
-        half
-        and residual is None
-        and pre_scale is None
-        and _is_depthwise_3x3(x, weight, acc, stride, dilation)
-    ):
+    way = way or ways(
+        acc, x, weight, residual, pre_scale, stride, padding, dilation, groups,
+        residual_after_act, act,
+    )[0]  # fmt: skip
+    if way == "depthwise":
         torch.ops.deltafx.depthwise_everywhere(
             acc, x, packed, bias, stride, padding, act, act_params, act_weight
+        )  # fmt: skip
+        return
+    if way == "gemm":
+        torch.ops.deltafx.gemm_everywhere(
+            acc, x, weight, bias, residual, stride, padding, residual_after_act, act, act_params,
+            act_weight,
         )  # fmt: skip
         return
     # cuDNN would copy a slice of channels as well.
     x = prologue(x, pre_scale, pre_shift, pre_act).contiguous(memory_format=torch.channels_last)
     cudnn = torch.backends.cudnn
-    plain = act == "identity" or (
-        act == "relu" and not (residual_after_act and residual is not None)
-    )
-    if half and plain and groups == 1 and all(_is_whole(t) for t in (acc, residual)):
+    if way == "fused":
         try:
             torch.ops.deltafx.conv2d_bias_act(
                 acc, x, weight, rounded_bias, residual, stride, padding, dilation, groups,
@@ -114,6 +117,37 @@ def conv2d_everywhere(
     )
 
 
+def ways(
+    acc: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    pre_scale: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual_after_act: bool,
+    act: str,
+) -> tuple[str, ...]:
+    """The ways to compute a convolution on CUDA, those that are usually quick first.
+
+    The arguments are those of `conv2d_everywhere`.
+
+    Returns:
+        Of `"depthwise"` and `"gemm"`, kernels of ours; `"fused"`, cuDNN with bias, residual and
+        activation; and `"apart"`, cuDNN and a pass behind it.
+    """
+    if acc.dtype.itemsize != 2:
+        return ("apart",)
+    ours = pre_scale is None
+    depthwise = _is_depthwise_3x3(acc, x, weight, residual, stride, dilation)
+    fused = _is_fusable(acc, residual, groups, residual_after_act, act)
+    gemm = groups == 1 and _is_gemm(acc, x, weight, residual, stride, padding, dilation)
+    found = {"depthwise": ours and depthwise, "fused": fused, "gemm": ours and gemm, "apart": True}
+    return tuple(way for way, there in found.items() if there)
+
+
 def binary_everywhere(acc: Tensor, a: Tensor, b: Tensor, op: str, act: str) -> None:
     """Computes the whole accumulator of `act(a op b)`, for `act` one of `"identity"` and `"relu"`.
 
@@ -129,20 +163,56 @@ def binary_everywhere(acc: Tensor, a: Tensor, b: Tensor, op: str, act: str) -> N
         F.relu_(acc)
 
 
-def _is_depthwise_3x3(
-    x: Tensor, weight: Tensor, acc: Tensor, stride: Sequence[int], dilation: Sequence[int]
+def _is_fusable(
+    acc: Tensor, residual: Tensor | None, groups: int, residual_after_act: bool, act: str
 ) -> bool:
-    """Whether a convolution is one that `depthwise_everywhere` takes."""
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(3) % 8 == 0 for t in (x, acc))
+    """Whether cuDNN may do all of a convolution in half precision."""
+    last = act == "identity" or (act == "relu" and (residual is None or not residual_after_act))
+    whole = _is_whole(acc) and (residual is None or _is_whole(residual))
+    return groups == 1 and last and whole
+
+
+def _is_depthwise_3x3(
+    acc: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> bool:
+    """Whether a convolution in half precision is one that `depthwise_everywhere` takes."""
     return (
-        aligned
-        and weight.shape[1:] == (1, 3, 3)
+        weight.shape[1:] == (1, 3, 3)
         and x.shape[1] == acc.shape[1]
-        and x.shape[1] % 8 == 0
+        and residual is None
+        and _in_vectors(acc)
+        and _in_vectors(x)
         and tuple(stride) in ((1, 1), (2, 2))
         and tuple(dilation) == (1, 1)
     )
 
 
-def _is_whole(t: Tensor | None) -> bool:
-    return t is None or t.is_contiguous(memory_format=torch.channels_last)
+def _is_gemm(
+    acc: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> bool:
+    """Whether a convolution in half precision is one that `gemm_everywhere` takes."""
+    pointwise = weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
+    image = x.shape[1] == 4 and _is_whole(x) and tuple(dilation) == (1, 1)
+    vectors = _in_vectors(acc) and (residual is None or _in_vectors(residual))
+    return vectors and ((pointwise and _in_vectors(x)) or (image and not pointwise))
+
+
+def _in_vectors(t: Tensor) -> bool:
+    """Whether the channels of a map can be moved in whole vectors of eight."""
+    rows = (t.shape[1], *(t.stride(i) for i in (0, 2, 3)))
+    return t.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in rows)
+
+
+def _is_whole(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last)

@@ -71,7 +71,9 @@ def nothing(*args: Any) -> None:
     """The fake of what is for CUDA graphs alone: no passes and no exports see it."""
 
 
-FOR_CUDA_GRAPHS = ("finish_conv2d", "conv2d_bias_act", "depthwise_everywhere", "branch")
+FOR_CUDA_GRAPHS = (
+    "branch", "conv2d_bias_act", "depthwise_everywhere", "finish_conv2d", "gemm_everywhere"
+)  # fmt: skip
 
 
 def register(library: torch.library.Library | None = None) -> None:

@@ -24,6 +24,28 @@ TILES = [
     Case(24, 144, (1, 1), padding=(0, 0), size=(2, 15, 17)),
     Case(72, 256, padding=(2, 2), dilation=(2, 2), size=(1, 12, 9)),
 ]
+# Depthwise ones in whole vectors of channels: teams of threads that do and do not fill their warps,
+# candidates that a block lists by itself and others, windows over all borders, phases.
+DEPTHWISE = [
+    Case(8, 8, groups=8),
+    Case(144, 144, groups=144),
+    Case(200, 200, stride=(2, 2), groups=200),
+    Case(72, 72, stride=(2, 1), groups=72, size=(1, 11, 16)),
+    Case(64, 64, padding=(0, 0), groups=64),
+    Case(40, 40, padding=(3, 3), groups=40, size=(1, 3, 4)),
+    Case(16, 16, padding=(0, 2), dilation=(1, 3), groups=16),
+    Case(72, 72, (3, 5), padding=(1, 2), groups=72),
+    Case(24, 24, (7, 5), padding=(3, 2), groups=24),
+    Case(96, 96, groups=96, size=(1, 40, 56)),
+    Case(24, 24, (6, 6), (2, 2), (2, 2), groups=24, transposed=True),
+    Case(64, 64, (9, 9), (3, 3), (3, 3), groups=64, size=(1, 5, 6), transposed=True),
+]
+POLICIES: list[dict[str, Any]] = [
+    {"policy": None, "act": "relu6"},
+    {"policy": None, "act": "silu", "margin": 8},
+    {"threshold": 0.7, "bias": False},
+    {"policy": "max", "threshold": 1.5, "margin": 8},
+]
 
 
 def on_cuda(v: Any) -> Any:
@@ -92,6 +114,14 @@ def test_conv2d_shapes(case: Case, mask: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", test_conv2d.FEW + TILES[:2], ids=str)
 def test_conv2d_features(case: Case, feature: str, mask: str) -> None:
     run(replace(case, **test_conv2d.FEATURES[feature]), mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: "-".join(map(str, p.values())))
+@pytest.mark.parametrize("mask", ["full", "random", "one"])
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_depthwise(case: Case, mask: str, policy: dict[str, Any], dtype: torch.dtype) -> None:
+    run(replace(case, dtype=dtype, **policy), mask)
 
 
 @pytest.mark.parametrize("mask", ["full", "random"])

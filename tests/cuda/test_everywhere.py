@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltafx.ops.conv2d import conv2d
-from deltafx.ops.everywhere import binary_everywhere, conv2d_everywhere
+from deltafx.ops.everywhere import binary_everywhere, conv2d_everywhere, ways
 
 pytestmark = pytest.mark.cuda
 
@@ -21,6 +22,8 @@ SHAPES = [
     (3, 64, 7, 2, 3, 1, 1), (64, 64, 1, 1, 0, 1, 1), (64, 130, 3, 1, 1, 1, 1),
     (17, 21, 3, 2, 2, 2, 1), (72, 72, 3, 1, 1, 1, 72), (64, 32, 3, 1, 1, 1, 4),
     (24, 24, 3, 2, 1, 1, 24), (8, 8, 3, 2, 0, 1, 8), (16, 16, 3, 1, 2, 1, 16),
+    (4, 32, 3, 2, 1, 1, 1), (4, 24, 7, 2, 3, 1, 1), (24, 144, 1, 1, 0, 1, 1),
+    (144, 24, 1, 1, 0, 1, 1), (40, 200, 1, 1, 0, 1, 1), (24, 72, 1, 1, 1, 1, 1),
     (16, 16, 3, 1, 2, 2, 16), (12, 12, 3, 1, 1, 1, 12), (16, 16, 5, 2, 2, 1, 16),
     (8, 1, 1, 1, 0, 1, 1),
 ]  # fmt: skip
@@ -36,7 +39,12 @@ def channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def made(shape: tuple[int, ...], epilogue: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def made(
+    shape: tuple[int, ...],
+    epilogue: dict[str, Any],
+    dtype: torch.dtype,
+    size: tuple[int, int, int] = (2, 19, 14),
+) -> dict[str, Any]:
     """Arguments of the dense function, on the device."""
     cin, cout, k, stride, pad, dilation, groups = shape
 
@@ -44,7 +52,8 @@ def made(shape: tuple[int, ...], epilogue: dict[str, Any], dtype: torch.dtype) -
         return torch.randn(size, device="cuda") * scale
 
     given = {k: v for k, v in epilogue.items() if k in ("act", "act_params", "residual_after_act")}
-    x = channels_last(noise(2, cin, 19, 14).to(dtype))
+    n, h, w = size
+    x = channels_last(noise(n, cin, h, w).to(dtype))
     weight = noise(cout, cin // groups, k, k, scale=(cin // groups * k * k) ** -0.5).to(dtype)
     given |= {"x": x, "weight": weight, "bias": None, "residual": None}
     given |= {"stride": [stride] * 2, "padding": [pad] * 2, "dilation": [dilation] * 2}
@@ -64,19 +73,14 @@ def wide(given: dict[str, Any]) -> Tensor:
     return conv2d(**{k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()})
 
 
-@pytest.mark.parametrize("sliced", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("epilogue", EPILOGUES, ids=lambda e: "-".join(map(str, e)))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_conv2d(
-    shape: tuple[int, ...], epilogue: dict[str, Any], dtype: torch.dtype, sliced: bool
-) -> None:
-    given = made(shape, epilogue, dtype)
+def check_all_ways(given: dict[str, Any], start: int) -> None:
+    """Compares each with the dense function in fp64; `start`: channels beside the accumulator."""
+    dtype = given["x"].dtype
     exact, rough = wide(given), conv2d(**given).double()
     n, c, h, w = exact.shape
-    room = torch.full((n, c + 7 * sliced, h, w), OUTSIDE, dtype=dtype, device="cuda")
+    room = torch.full((n, c + 2 * start, h, w), OUTSIDE, dtype=dtype, device="cuda")
     room = channels_last(room)
-    acc = room[:, 5 : 5 + c] if sliced else room
+    acc = room[:, start : start + c] if start else room
     bias = given["bias"]
     flag = torch.zeros(1, dtype=torch.int32, device="cuda")
     named = {"pre_scale": None, "pre_shift": None, "pre_act": "identity"}
@@ -92,14 +96,42 @@ def test_conv2d(
         False,
     )
     named["rounded_bias"] = (zeros if bias is None else bias).to(dtype)
-    conv2d_everywhere(acc, flag, **named)
-    error = (acc.double() - exact).norm() / exact.norm()
-    own = (rough - exact).norm() / exact.norm()
-    assert error <= 2 * own + torch.finfo(dtype).eps
+    telling = {name: named[name] for name in signature(ways).parameters if name != "acc"}
+    for way in ways(acc, **telling):
+        acc.fill_(OUTSIDE)
+        conv2d_everywhere(acc, flag, **named, way=way)
+        error = (acc.double() - exact).norm() / exact.norm()
+        own = (rough - exact).norm() / exact.norm()
+        assert error <= 2 * own + torch.finfo(dtype).eps, way
     assert flag.item() == 0
-    if sliced:
-        assert (room[:, :5] == OUTSIDE).all()
-        assert (room[:, 5 + c :] == OUTSIDE).all()
+    assert (room[:, :start] == OUTSIDE).all()
+    assert (room[:, start + c :] == OUTSIDE).all()
+
+
+@pytest.mark.parametrize("start", [0, 5, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=lambda e: "-".join(map(str, e)))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_conv2d(
+    shape: tuple[int, ...], epilogue: dict[str, Any], dtype: torch.dtype, start: int
+) -> None:
+    check_all_ways(made(shape, epilogue, dtype), start)
+
+
+# Maps of as many tiles as a device has multiprocessors, or more: tiles of more than 32 channels;
+# depthwise layers in longer chunks of rows.
+LARGE = [
+    (24, 64, 1, 1, 0, 1, 1), (24, 144, 1, 1, 0, 1, 1), (96, 200, 1, 1, 0, 1, 1),
+    (40, 128, 1, 1, 0, 1, 1), (4, 64, 7, 2, 3, 1, 1), (4, 96, 3, 1, 1, 1, 1),
+    (96, 96, 3, 1, 1, 1, 96), (144, 144, 3, 2, 1, 1, 144),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("epilogue", [EPILOGUES[2], EPILOGUES[4]], ids=lambda e: e["act"])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_large_maps(shape: tuple[int, ...], epilogue: dict[str, Any], dtype: torch.dtype) -> None:
+    check_all_ways(made(shape, epilogue, dtype, (3, 163, 213)), 8)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

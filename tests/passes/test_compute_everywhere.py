@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from deltafx import choose_ways
 from deltafx.cuda_graph import split_frame
 from deltafx.ops.everywhere import binary_everywhere, conv2d_everywhere
 from deltafx.passes.compute_everywhere import compute_everywhere
@@ -181,3 +182,31 @@ def test_a_clip_is_not_read_in_place():
     model = clip_net(lambda m, x: m.b(m.a(x).relu()))
     lowered, _, _ = everywhere_of(model, whole(1, 2, 4, 6, 4))
     assert split_frame(lowered).in_place == (False,)
+
+
+@pytest.mark.parametrize("quicker", ["gemm", "fused"])
+def test_the_quicker_way_is_written_into_the_graph(quicker, monkeypatch):
+    """Of the convolutions that have several; and all are the frame."""
+    several = {"relu": ("fused", "gemm", "apart")}
+    monkeypatch.setattr(choose_ways, "ways", lambda act, **_: several.get(act, ("apart",)))
+    monkeypatch.setattr(choose_ways, "_TELLING", ("act",))
+    model, x = net(), whole(1, 4, 6, 6)
+    _, everywhere, tensors = everywhere_of(model, x)
+    timed = []
+
+    def milliseconds(call):
+        call()
+        timed.append(call.keywords["way"])
+        return 1.0 if timed[-1] == quicker else 2.0
+
+    parts = split_frame(everywhere)
+    fx.GraphModule(tensors, parts.head)(x)
+    tensors[MASKS].fill_(True)
+    with torch.no_grad():
+        gm = fx.GraphModule(tensors, parts.body)
+        choose_ways.choose_ways(gm, (x,), milliseconds)
+        kwargs = [n.kwargs for n in called(parts.body, conv2d_everywhere)]
+        assert kwargs.count({"way": quicker}) == len(timed) // 3 > 0
+        assert kwargs.count({}) == len(kwargs) - len(timed) // 3 > 0
+        result = fx.GraphModule(tensors, parts.body)(x)
+        torch.testing.assert_close(list(result), [model(x)])
