@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     if (count > 0) store_vector(to, count, true, y);
     if (lane % kLanes == 0) marks.set(p, site, first_entry + entry);
   }
-  const int found = __reduce_add_sync(kAllLanes, marks.count());
+  const int found = sum_over_warp(marks.count());
   if (lane == 0 && found > 0) add_to(p.out.counts + 1, found);
 }
 

@@ -49,5 +49,7 @@ cudaError_t conv_gemm_f16(const GemmParams& p, cudaStream_t stream);
 cudaError_t conv_gemm_bf16(const GemmParams& p, cudaStream_t stream);
 cudaError_t conv_gemm_tf32(const GemmParams& p, cudaStream_t stream);
 cudaError_t conv_gemm_f32(const GemmParams& p, cudaStream_t stream);
+// Of any dtype, on any GPU: in fp32 and without tensor cores.
+cudaError_t conv_gemm_plain(const GemmParams& p, cudaStream_t stream);
 
 }  // namespace deltafx::cuda
