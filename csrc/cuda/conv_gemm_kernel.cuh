@@ -155,7 +155,7 @@ __device__ __forceinline__ void conv_gemm_tiles(const GemmParams& p) {
   const int tiles = (size + kRows - 1) / kRows * column_tiles;
   const int steps = p.packed_depth / Traits::kDepth;
   // Split where the time, in steps of the slowest block, is shorter; 6 stands for the exchange.
-  const bool split = Traits::kParts && p.cluster > 1 &&
+  const bool split = Traits::kSplits && kHasClusters && p.cluster > 1 &&
                      (tiles + clusters - 1) / clusters * (steps / p.cluster + 6) <
                          (tiles + blocks - 1) / blocks * steps;
   const int parts = p.cluster, stride = split ? clusters : blocks;
@@ -245,16 +245,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 }
 
 template <class Traits>
-cudaError_t launch_gemm(GemmParams p, cudaStream_t stream) {
-  if (!Traits::kParts || current_device().code < 90) p.cluster = 1;
+cudaError_t launch_gemm(const GemmParams& p, cudaStream_t stream) {
+  const int cluster = Traits::kSplits && current_device().code >= 90 ? p.cluster : 1;
   const int64_t row_tiles = (p.out.acc.sites() + Traits::kRows - 1) / Traits::kRows;
   const int64_t tiles = row_tiles * ((p.out.acc.c + Traits::kColumns - 1) / Traits::kColumns);
   const int64_t most = int64_t{Traits::kBlocksPerMultiprocessor} * current_device().multiprocessors;
-  int64_t blocks = tiles * p.cluster < most ? tiles * p.cluster : most;
-  blocks -= blocks % p.cluster;
+  int64_t blocks = tiles * cluster < most ? tiles * cluster : most;
+  blocks -= blocks % cluster;
   return launch(conv_gemm_kernel<Traits>,
-                {static_cast<int>(blocks), Traits::kThreads, Traits::kSharedBytes, p.cluster},
-                stream, p);
+                {static_cast<int>(blocks), Traits::kThreads, Traits::kSharedBytes, cluster}, stream,
+                p);
 }
 
 // Large tiles pay once a twentieth of the sites fills the device with them; chunks where a vector

@@ -94,7 +94,9 @@ struct GemmTraits {
   static constexpr int kBlocksPerMultiprocessor = kLargeTile ? 2 : 3;
   // Small tiles may be split along their depth, in as many parts as a cluster has blocks. The parts
   // are added up in the same order whether they were split or not, so results never depend on it.
-  static constexpr bool kParts = !kLargeTile && Math::kAmpere;
+  // (Without tensor cores, half precision needs the registers and no shorter sums.)
+  static constexpr bool kSplits = !kLargeTile && Math::kAmpere;
+  static constexpr bool kParts = kSplits || (!kLargeTile && sizeof(T) == 4);
 
   static constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(T));
   static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));  // of a stage

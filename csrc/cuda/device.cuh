@@ -15,11 +15,11 @@ constexpr int kVector = 8;
 constexpr int kGroupLanes = static_cast<int>(kTruncationGroup) / kVector;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Whether the code that is being compiled may use Ampere's instructions.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr bool kHasAmpere = false;
+// Whether the code that is being compiled may use Ampere's instructions, or Hopper's clusters.
+#ifdef __CUDA_ARCH__
+constexpr bool kHasAmpere = __CUDA_ARCH__ >= 800, kHasClusters = __CUDA_ARCH__ >= 900;
 #else
-constexpr bool kHasAmpere = true;
+constexpr bool kHasAmpere = false, kHasClusters = false;
 #endif
 
 // Blocks until the kernels before this one in the stream are done and their writes visible. Every
