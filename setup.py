@@ -7,8 +7,9 @@ not depend on the version of Python. Compilation goes through ninja, so a second
 incremental.
 
 Environment: `DELTAFX_CUDA=0` leaves the CUDA operators out; `TORCH_CUDA_ARCH_LIST` (torch's own
-variable, for example "8.6;9.0a") chooses the GPU architectures, by default that of the GPU of this
-machine, or 9.0a if it has none; only 9.0a, not 9.0, has the kernels for Hopper's tensor cores.
+variable, for example "7.5;8.6;9.0a") chooses the GPU architectures, by default that of the GPU of
+this machine, or 9.0a if it has none: from 7.0 on, as far as nvcc goes back; from 8.0 on with tensor
+cores; only 9.0a, not 9.0, has the kernels for Hopper's.
 """
 
 import os

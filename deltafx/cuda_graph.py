@@ -60,8 +60,8 @@ MEASURED_FRAMES = 4
 HANDS_OUT_GRAPHS = hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph")
 """Whether this torch does; graphs are built of graphs with it, and launched without torch."""
 
-LEAST_CAPABILITY = (8, 0)
-"""Of a GPU that has the instructions of the convolutions' kernels."""
+LEAST_CAPABILITY = (7, 0)
+"""Of a GPU that the kernels can be compiled for; their quick convolutions need 8.0."""
 
 
 def check_capability(device: torch.device) -> None:
@@ -74,7 +74,7 @@ def check_capability(device: torch.device) -> None:
     if found < LEAST_CAPABILITY:
         raise UnsupportedDeviceError(
             f"{device} has compute capability {found[0]}.{found[1]}, and the CUDA operators need "
-            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (Ampere) or newer; run the model on the "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (Volta) or newer; run the model on the "
             "CPU, or with plain torch"
         )
 

@@ -65,9 +65,13 @@ int64_t packed_cin(const ConvGeometry& g) { return packed_channels(static_cast<i
 
 int64_t row_elements(DType dtype) { return dtype == DType::f32 ? 32 : 64; }
 
+// Whether matrix products go to the kernel that every GPU can run.
+bool is_plain(const ConvLaunch& launch) { return launch.plain || current_device().code < 80; }
+
 // Whether a phase goes to the kernels for Hopper.
-bool on_hopper(const GemmParams& p, const ConvGeometry& g) {
-  return on_tensor_cores(g) && p.out.acc.dtype != DType::f32 && conv_hopper_takes(p);
+bool on_hopper(const GemmParams& p, const ConvLaunch& launch) {
+  return is_matrix_product(launch.p.geometry) && p.out.acc.dtype != DType::f32 &&
+         !is_plain(launch) && conv_hopper_takes(p);
 }
 
 bool takes_depthwise(const GemmParams& p, const ConvGeometry& g) {
@@ -87,10 +91,11 @@ cudaError_t run_phase(const GemmParams& p, const ConvLaunch& launch, cudaStream_
   const ConvGeometry& g = launch.p.geometry;
   const DType dtype = p.out.acc.dtype;
   if (takes_depthwise(p, g)) return conv_depthwise(p, stream);
-  if (!on_tensor_cores(g))
+  if (!is_matrix_product(g))
     return conv_direct(p, static_cast<int>(g.cin / g.groups), static_cast<int>(g.cout / g.groups),
                        stream);
-  if (on_hopper(p, g))
+  if (is_plain(launch)) return conv_gemm_plain(p, stream);
+  if (on_hopper(p, launch))
     return dtype == DType::f16 ? conv_hopper_f16(p, stream) : conv_hopper_bf16(p, stream);
   switch (dtype) {
     case DType::f32:
@@ -105,7 +110,7 @@ cudaError_t run_phase(const GemmParams& p, const ConvLaunch& launch, cudaStream_
 
 }  // namespace
 
-bool on_tensor_cores(const ConvGeometry& g) { return g.groups == 1; }
+bool is_matrix_product(const ConvGeometry& g) { return g.groups == 1; }
 int64_t packed_columns(int64_t cout) { return (cout + 63) / 64 * 64; }
 int64_t packed_depth(int64_t k, DType dtype) {
   const int64_t row = row_elements(dtype);
@@ -120,7 +125,7 @@ std::vector<Phase> conv_phases(const ConvGeometry& g, DType dtype) {
       const Phase phase{phase_axis(g.y, g.transposed, ry), phase_axis(g.x, g.transposed, rx),
                         weights};
       const int64_t taps = static_cast<int64_t>(phase.y.taps) * phase.x.taps;
-      weights += on_tensor_cores(g)
+      weights += is_matrix_product(g)
                      ? packed_columns(g.cout) * packed_depth(taps * packed_cin(g), dtype)
                      : taps * (g.cin / g.groups) * g.cout;
       phases.push_back(phase);
@@ -132,7 +137,7 @@ int64_t packed_size(const ConvGeometry& g, DType dtype) {
   const std::vector<Phase> phases = conv_phases(g, dtype);
   const Phase& last = phases.back();
   const int64_t taps = static_cast<int64_t>(last.y.taps) * last.x.taps;
-  return last.weights + (on_tensor_cores(g)
+  return last.weights + (is_matrix_product(g)
                              ? packed_columns(g.cout) * packed_depth(taps * packed_cin(g), dtype)
                              : taps * (g.cin / g.groups) * g.cout);
 }
@@ -179,7 +184,7 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
     p.packed_depth = static_cast<int>(packed_depth(p.depth, dtype));
     p.cluster = cluster_for(p.packed_depth / row_elements(dtype));
     p.list = list_in(launched.memory, c.out.counts, i, parts);
-    p.shares = on_hopper(p, g) ? conv_hopper_shares(p) : Shares{};
+    p.shares = on_hopper(p, launched) ? conv_hopper_shares(p) : Shares{};
     p.lists_itself = parts == 1 && streams == nullptr && lists_itself(p, g);
     cudaError_t error = cudaSuccess;
     if (!p.lists_itself)

@@ -5,10 +5,10 @@
 // site reads the input at base + offset + j * step in each axis.
 //
 // Packed weights, in the dtype of the feature maps, phase after phase:
-//   groups == 1   for tensor cores, a matrix [cout, rounded up to 64][taps * packed_channels(cin),
-//                 rounded up to 128 bytes] in blocks of 64 rows and 128 bytes, [row block][depth
-//                 block], each as it will lie in shared memory: row r of a block holds channel
-//                 packed_channel(r), and chunk c of 16 bytes stands at c ^ (r % 8).
+//   groups == 1   a matrix [cout, rounded up to 64][taps * packed_channels(cin), rounded up to 128
+//                 bytes] in blocks of 64 rows and 128 bytes, [row block][depth block], each as it
+//                 will lie in shared memory: row r of a block holds channel packed_channel(r), and
+//                 chunk c of 16 bytes stands at c ^ (r % 8). So for tensor cores and without them.
 //   otherwise     [tap][channel of the group][cout]
 #pragma once
 
@@ -52,7 +52,7 @@ __host__ __device__
   return row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2;
 }
 
-bool on_tensor_cores(const ConvGeometry& geometry);
+bool is_matrix_product(const ConvGeometry& geometry);
 int64_t packed_columns(int64_t cout);
 int64_t packed_depth(int64_t k, DType dtype);
 std::vector<Phase> conv_phases(const ConvGeometry& geometry, DType dtype);
@@ -62,6 +62,7 @@ struct ConvLaunch {
   ConvParams p;        // `p.weight` is not used
   const void* weight;  // packed
   bool allow_tf32;     // fp32 on tensor cores, with operands rounded to tf32
+  bool plain;          // matrix products without what is new in Ampere, as on older GPUs
   int32_t* memory;     // list_ints(sites of the accumulator) ints, and one a stream
 };
 cudaError_t conv(const ConvLaunch& launch, cudaStream_t stream);

@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
   }
   if constexpr (kCompares) {
-    const int found = __reduce_add_sync(kAllLanes, marks.count());
+    const int found = sum_over_warp(marks.count());
     if (lane == 0 && found > 0) add_to(p.out.counts + 1, found);
   } else if (thread == 0 && size > 0) {
     add_to(p.out.counts + 1, size);

@@ -36,7 +36,7 @@ struct GemmParams {
   GemmAxis y, x_axis;
   int depth;         // taps * cin
   int packed_depth;  // row length of the packed weights
-  int cluster;       // blocks that may share one tile's depth
+  int cluster;       // parts of a depth that are summed by themselves; blocks that may share it
   bool acc_aligned, residual_aligned;
   bool lists_itself;   // the kernel finds the candidates, there is no list
   CandidateList list;  // where it does not
@@ -50,5 +50,7 @@ cudaError_t conv_gemm_f16(const GemmParams& p, cudaStream_t stream);
 cudaError_t conv_gemm_bf16(const GemmParams& p, cudaStream_t stream);
 cudaError_t conv_gemm_tf32(const GemmParams& p, cudaStream_t stream);
 cudaError_t conv_gemm_f32(const GemmParams& p, cudaStream_t stream);
+// Of any dtype, on any GPU: in fp32 and without tensor cores.
+cudaError_t conv_gemm_plain(const GemmParams& p, cudaStream_t stream);
 
 }  // namespace deltafx::cuda

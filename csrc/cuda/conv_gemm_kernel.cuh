@@ -1,7 +1,8 @@
 // Convolution as an implicit matrix product over a list of candidate sites: a tile is kRows sites
 // by kColumns output channels. The sites' windows are gathered by cp.async into a ring of stages,
 // multiplied on tensor cores, and finished (bias, residual, activation, update rule) from fp32
-// results in shared memory, so that the accumulator is read and written in whole rows.
+// results in shared memory, so that the accumulator is read and written in whole rows. For GPUs
+// before Ampere there are instances that copy and multiply by ordinary instructions.
 #pragma once
 
 #include "cuda/conv_gemm_finish.cuh"
@@ -43,8 +44,8 @@ struct GemmWarp {
 
   // sums += A * B for a stage of depth.
   __device__ void multiply(uint32_t a_tile, uint32_t b_tile) {
-    if constexpr (Math::kExact) {
-      multiply_exactly(a_tile, b_tile);
+    if constexpr (!Math::kTensorCores) {
+      multiply_plainly(a_tile, b_tile);
     } else {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -90,36 +91,44 @@ struct GemmWarp {
     for (uint32_t& word : v) word = Math::operand(word);
   }
 
-  static __device__ __forceinline__ float4 load_four(uint32_t address) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+  static constexpr int kElements = Traits::kChunkElements;
+  static __device__ __forceinline__ void load_chunk(uint32_t address, float (&v)[kElements]) {
+    union {
+      uint4 words;
+      typename Traits::T elements[kElements];
+    } chunk;
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(chunk.words.x), "=r"(chunk.words.y), "=r"(chunk.words.z),
+                   "=r"(chunk.words.w)
                  : "r"(address));
-    return v;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) v[i] = to_float(chunk.elements[i]);
   }
 
-  __device__ void multiply_exactly(uint32_t a_tile, uint32_t b_tile) {
+  __device__ void multiply_plainly(uint32_t a_tile, uint32_t b_tile) {
 #pragma unroll 1
     for (int chunk = 0; chunk < kRowBytes / kChunkBytes; ++chunk) {
-      float4 a[Traits::kTilesM][2];
+      float a[Traits::kTilesM][2][kElements];
 #pragma unroll
       for (int m = 0; m < Traits::kTilesM; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          a[m][half] = load_four(address(a_tile, row + m * 16 + half * 8 + lane / 4, chunk));
+          load_chunk(address(a_tile, row + m * 16 + half * 8 + lane / 4, chunk), a[m][half]);
 #pragma unroll
       for (int n = 0; n < Traits::kTilesN; ++n)
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-          const float4 b = load_four(address(b_tile, column + n * 8 + lane % 4 * 2 + side, chunk));
+          float b[kElements];
+          load_chunk(address(b_tile, column + n * 8 + lane % 4 * 2 + side, chunk), b);
 #pragma unroll
           for (int m = 0; m < Traits::kTilesM; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              float& sum = sums[m][n][half * 2 + side];
-              const float4& v = a[m][half];
               // A chunk by itself: one long chain of sums would round more.
-              sum += fmaf(v.w, b.w, fmaf(v.z, b.z, fmaf(v.y, b.y, v.x * b.x)));
+              float sum = a[m][half][0] * b[0];
+#pragma unroll
+              for (int i = 1; i < kElements; ++i) sum = fmaf(a[m][half][i], b[i], sum);
+              sums[m][n][half * 2 + side] += sum;
             }
         }
     }
@@ -127,8 +136,7 @@ struct GemmWarp {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiprocessor)
-    conv_gemm_kernel(const __grid_constant__ GemmParams p) {
+__device__ __forceinline__ void conv_gemm_tiles(const GemmParams& p) {
   using T = typename Traits::T;
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
   extern __shared__ __align__(128) char stages[];
@@ -147,8 +155,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const int tiles = (size + kRows - 1) / kRows * column_tiles;
   const int steps = p.packed_depth / Traits::kDepth;
   // Split where the time, in steps of the slowest block, is shorter; 6 stands for the exchange.
-  const bool split = p.cluster > 1 && (tiles + clusters - 1) / clusters * (steps / p.cluster + 6) <
-                                          (tiles + blocks - 1) / blocks * steps;
+  const bool split = Traits::kSplits && kHasClusters && p.cluster > 1 &&
+                     (tiles + clusters - 1) / clusters * (steps / p.cluster + 6) <
+                         (tiles + blocks - 1) / blocks * steps;
   const int parts = p.cluster, stride = split ? clusters : blocks;
   const int first_step = split ? steps * rank / parts : 0;
   const int last_step = split ? steps * (rank + 1) / parts : steps;
@@ -170,21 +179,27 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     GemmWarp<Traits> total, warp;
     total.clear();
     warp.clear();
+    constexpr bool kAhead = Traits::kStages > 1;  // of the product, by cp.async
+    if constexpr (kAhead) {
 #pragma unroll 1
-    for (int s = 0; s < Traits::kStages - 1; ++s) {
-      if (first_step + s < last_step) loader.load(s);
-      commit_copies();
+      for (int s = 0; s < Traits::kStages - 1; ++s) {
+        if (first_step + s < last_step) loader.load(s);
+        commit_copies();
+      }
     }
     // The blocks of a split tile finish a part of its rows each.
     const int own_rows = split ? kRows / parts : kRows, own_first = split ? rank * own_rows : 0;
     GemmFinish<Traits>::prefetch(p, rows, own_first, own_rows, first_column);
     int part_end = split ? last_step : steps / parts, part = 1;
     for (int step = first_step; step < last_step; ++step) {
-      wait_for_copies<Traits::kStages - 2>();
+      if constexpr (kAhead) wait_for_copies<Traits::kStages - 2>();
       __syncthreads();
       const int ahead = step - first_step + Traits::kStages - 1;
       if (first_step + ahead < last_step) loader.load(ahead % Traits::kStages);
-      commit_copies();
+      if constexpr (kAhead)
+        commit_copies();
+      else
+        __syncthreads();
       const uint32_t stage =
           stages_address + (step - first_step) % Traits::kStages * Traits::kStageBytes;
       warp.multiply(stage, stage + kRows * kRowBytes);
@@ -198,7 +213,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     }
     GemmFinish<Traits> finish(
         p, rows, {first_entry + first_row, own_first, own_rows, split ? parts : 1}, first_column);
-    wait_for_copies<0>();
+    if constexpr (kAhead) wait_for_copies<0>();
     __syncthreads();
     if constexpr (Traits::kParts)
       total.store(results);
@@ -221,16 +236,25 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 }
 
 template <class Traits>
-cudaError_t launch_gemm(GemmParams p, cudaStream_t stream) {
-  if (!Traits::kParts || current_device().capability < 90) p.cluster = 1;
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiprocessor)
+    conv_gemm_kernel(const __grid_constant__ GemmParams p) {
+  if constexpr (Traits::Math::kAmpere && !kHasAmpere)
+    __trap();  // conv.cu launches the plain instances there
+  else
+    conv_gemm_tiles<Traits>(p);
+}
+
+template <class Traits>
+cudaError_t launch_gemm(const GemmParams& p, cudaStream_t stream) {
+  const int cluster = Traits::kSplits && current_device().code >= 90 ? p.cluster : 1;
   const int64_t row_tiles = (p.out.acc.sites() + Traits::kRows - 1) / Traits::kRows;
   const int64_t tiles = row_tiles * ((p.out.acc.c + Traits::kColumns - 1) / Traits::kColumns);
   const int64_t most = int64_t{Traits::kBlocksPerMultiprocessor} * current_device().multiprocessors;
-  int64_t blocks = tiles * p.cluster < most ? tiles * p.cluster : most;
-  blocks -= blocks % p.cluster;
+  int64_t blocks = tiles * cluster < most ? tiles * cluster : most;
+  blocks -= blocks % cluster;
   return launch(conv_gemm_kernel<Traits>,
-                {static_cast<int>(blocks), Traits::kThreads, Traits::kSharedBytes, p.cluster},
-                stream, p);
+                {static_cast<int>(blocks), Traits::kThreads, Traits::kSharedBytes, cluster}, stream,
+                p);
 }
 
 // Large tiles pay once a twentieth of the sites fills the device with them; chunks where a vector
@@ -243,7 +267,7 @@ cudaError_t launch_conv_gemm(const GemmParams& p, cudaStream_t stream) {
                       p.x.ld % Chunks::kChunkElements == 0 &&
                       reinterpret_cast<uintptr_t>(p.x.data) % kChunkBytes == 0;
   if (!chunks) return launch_gemm<GemmTraits<Math, Gather::elements, false>>(p, stream);
-  if constexpr (!Math::kExact) {
+  if constexpr (Math::kTensorCores) {
     const int64_t tiles = p.out.acc.sites() / 128 * (p.out.acc.c / 128);
     if (p.out.acc.c % 128 == 0 && tiles >= 20 * current_device().multiprocessors)
       return launch_gemm<GemmTraits<Math, Gather::chunks, true>>(p, stream);

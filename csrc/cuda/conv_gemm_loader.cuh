@@ -20,6 +20,11 @@ template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+__device__ __forceinline__ void store_chunk(uint32_t to, const uint4& v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
 
 // A row of a tile, worked out by one thread for all that copy it.
 template <class T>
@@ -52,6 +57,7 @@ class GemmLoader {
   static constexpr int kElements = Traits::kChunkElements;
   static constexpr int kOwnRows = Traits::kRows / Traits::kCopyRows;
   static constexpr int kOwnColumns = Traits::kColumns / Traits::kCopyRows;
+  static constexpr int kCopyPitch = Traits::kCopyRows * kRowBytes;
 
  public:
   __device__ GemmLoader(const GemmParams& p, const GemmRow<T>* rows, int first_column,
@@ -91,19 +97,35 @@ class GemmLoader {
       gather_chunks(to);
     else
       gather_elements(to);
-#pragma unroll
-    for (int i = 0; i < kOwnColumns; ++i) {
-      constexpr int kBlocks = kWeightRows / Traits::kCopyRows;  // copies a block of columns
-      copy_chunk(to + (Traits::kRows + i * Traits::kCopyRows) * kRowBytes,
-                 weight_ + static_cast<int64_t>(i / kBlocks) * kWeightRows * p_.packed_depth +
-                     i % kBlocks * Traits::kCopyRows * Traits::kDepth,
-                 true);
-    }
+    copy<kOwnColumns>(
+        to + Traits::kRows * kRowBytes,
+        [&](int i) {
+          constexpr int kBlocks = kWeightRows / Traits::kCopyRows;  // copies a block of columns
+          return weight_ + static_cast<int64_t>(i / kBlocks) * kWeightRows * p_.packed_depth +
+                 i % kBlocks * Traits::kCopyRows * Traits::kDepth;
+        },
+        [](int) { return true; });
     weight_ += kWeightRows * Traits::kDepth;
     depth_ += Traits::kDepth;
   }
 
  private:
+  // The thread's chunks of kCount rows from `to` on: those at from(i), or zeros if not valid(i).
+  template <int kCount, class From, class Valid>
+  __device__ __forceinline__ void copy(uint32_t to, const From& from, const Valid& valid) const {
+    if constexpr (Traits::Math::kAmpere) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) copy_chunk(to + i * kCopyPitch, from(i), valid(i));
+    } else {
+      uint4 chunks[kCount];  // all of them read before the first is written
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        chunks[i] = valid(i) ? *reinterpret_cast<const uint4*>(from(i)) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) store_chunk(to + i * kCopyPitch, chunks[i]);
+    }
+  }
+
   // How far a tap's site lies from tap 0's, in elements.
   __device__ int64_t distance(int tap_y, int tap_x) const {
     return (static_cast<int64_t>(tap_y * p_.y.phase.step) * p_.x.w + tap_x * p_.x_axis.phase.step) *
@@ -131,10 +153,9 @@ class GemmLoader {
   __device__ void gather_chunks(uint32_t to) {
     // Beyond the last tap there is none, so the bits are clear.
     const uint32_t tap = tap_y_ < p_.y.phase.taps ? 1u << tap_y_ | 1u << (kMostTaps + tap_x_) : ~0u;
-#pragma unroll
-    for (int i = 0; i < kOwnRows; ++i)
-      copy_chunk(to + i * Traits::kCopyRows * kRowBytes, from_[i] + offset_,
-                 (taps_[i] & tap) == tap);
+    copy<kOwnRows>(
+        to, [&](int i) { return from_[i] + offset_; },
+        [&](int i) { return (taps_[i] & tap) == tap; });
     advance();
   }
 
@@ -179,10 +200,7 @@ class GemmLoader {
       } packed;
 #pragma unroll
       for (int e = 0; e < kElements; ++e) packed.elements[e] = from_float<T>(v[i][e]);
-      const uint32_t at = to + i * Traits::kCopyRows * kRowBytes;
-      asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(packed.chunk.x),
-                   "r"(packed.chunk.y), "r"(packed.chunk.z), "r"(packed.chunk.w)
-                   : "memory");
+      store_chunk(to + i * kCopyPitch, packed.chunk);
     }
     advance();
   }

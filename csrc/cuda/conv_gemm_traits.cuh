@@ -10,9 +10,11 @@ namespace deltafx::cuda {
 constexpr int kRowBytes = 128;
 constexpr int kChunkBytes = 16;
 
+// Math: how a tile is multiplied. kAmpere: by instructions that older GPUs lack.
+
 struct Half {
   using T = __half;
-  static constexpr bool kExact = false;
+  static constexpr bool kTensorCores = true, kAmpere = true;
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]) {
     asm volatile(
@@ -26,7 +28,7 @@ struct Half {
 
 struct BFloat16 {
   using T = __nv_bfloat16;
-  static constexpr bool kExact = false;
+  static constexpr bool kTensorCores = true, kAmpere = true;
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]) {
     asm volatile(
@@ -40,7 +42,7 @@ struct BFloat16 {
 
 struct TensorFloat32 {
   using T = float;
-  static constexpr bool kExact = false;
+  static constexpr bool kTensorCores = true, kAmpere = true;
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]) {
     asm volatile(
@@ -60,11 +62,18 @@ struct TensorFloat32 {
 // Multiplied and added in fp32, without tensor cores.
 struct Float32 {
   using T = float;
-  static constexpr bool kExact = true;
+  static constexpr bool kTensorCores = false, kAmpere = true;
+};
+
+// The same by instructions that every GPU has.
+template <class Element>
+struct Plain {
+  using T = Element;
+  static constexpr bool kTensorCores = false, kAmpere = false;
 };
 
 enum class Gather {
-  chunks,   // a chunk is within one tap and aligned: cp.async
+  chunks,   // a chunk is within one tap and aligned: copied
   elements  // any channels, and the prologue
 };
 
@@ -79,11 +88,15 @@ struct GemmTraits {
   static constexpr int kWarpRows = 2;
   static constexpr int kWarpColumns = kLargeTile ? 4 : 2;
   static constexpr int kThreads = 32 * kWarpRows * kWarpColumns;
-  static constexpr int kStages = kLargeTile ? 3 : 4;
+  // Where nothing is copied while the thread goes on, a stage for itself would hide nothing, and
+  // Turing's shared memory holds three blocks of one stage.
+  static constexpr int kStages = !Math::kAmpere ? 1 : kLargeTile ? 3 : 4;
   static constexpr int kBlocksPerMultiprocessor = kLargeTile ? 2 : 3;
   // Small tiles may be split along their depth, in as many parts as a cluster has blocks. The parts
   // are added up in the same order whether they were split or not, so results never depend on it.
-  static constexpr bool kParts = !kLargeTile;
+  // (Without tensor cores, half precision needs the registers and no shorter sums.)
+  static constexpr bool kSplits = !kLargeTile && Math::kAmpere;
+  static constexpr bool kParts = kSplits || (!kLargeTile && sizeof(T) == 4);
 
   static constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(T));
   static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));  // of a stage
@@ -91,9 +104,10 @@ struct GemmTraits {
   static constexpr int kTilesN = kColumns / kWarpColumns / 8;
   static constexpr int kCopyRows = kThreads / 8;  // rows that the block copies at once
   static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
-  static constexpr int kPitch = kColumns + 4;  // of the fp32 results in shared memory
-  static constexpr int kSharedBytes = kStages * kStageBytes;
-  static_assert(kRows * kPitch * 4 <= kSharedBytes, "the results reuse the stages");
+  static constexpr int kPitch = kColumns + 4;              // of the fp32 results in shared memory
+  static constexpr int kResultBytes = kRows * kPitch * 4;  // in the stages' memory
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes > kResultBytes ? kStages * kStageBytes : kResultBytes;
 };
 
 }  // namespace deltafx::cuda

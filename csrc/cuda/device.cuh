@@ -15,12 +15,30 @@ constexpr int kVector = 8;
 constexpr int kGroupLanes = static_cast<int>(kTruncationGroup) / kVector;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Whether the code that is being compiled may use Ampere's instructions, or Hopper's clusters.
+#ifdef __CUDA_ARCH__
+constexpr bool kHasAmpere = __CUDA_ARCH__ >= 800, kHasClusters = __CUDA_ARCH__ >= 900;
+#else
+constexpr bool kHasAmpere = false, kHasClusters = false;
+#endif
+
 // Blocks until the kernels before this one in the stream are done and their writes visible. Every
 // kernel calls it before it touches what another kernel writes, even if it then has nothing to do:
 // a kernel counts as done only when all before it are.
 __device__ __forceinline__ void wait_for_inputs() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// The sum over a warp, for all of its threads.
+__device__ __forceinline__ int sum_over_warp(int v) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kAllLanes, v);
+#else
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+  return v;
 #endif
 }
 

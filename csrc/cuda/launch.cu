@@ -7,6 +7,11 @@
 #include <mutex>
 
 namespace deltafx::cuda {
+namespace {
+
+__global__ void empty_kernel() {}
+
+}  // namespace
 
 const Device& current_device() {
   constexpr int kMost = 64;
@@ -21,6 +26,9 @@ const Device& current_device() {
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
     devices[i].capability = 10 * major + minor;
+    cudaFuncAttributes attributes{};
+    cudaFuncGetAttributes(&attributes, empty_kernel);
+    devices[i].code = attributes.ptxVersion;
   });
   return devices[i];
 }

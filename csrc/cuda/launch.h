@@ -13,6 +13,7 @@ namespace deltafx::cuda {
 struct Device {
   int multiprocessors;
   int capability;  // 10 * major + minor
+  int code;  // the capability that the code which runs on it was compiled for; 0: there is none
 };
 
 // Of the current device; asked once.
@@ -49,7 +50,7 @@ cudaError_t launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t str
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = stream;
   config.attrs = attributes;
-  if (current_device().capability >= 90) {
+  if (current_device().code >= 90) {
     cudaLaunchAttribute& serialization = attributes[config.numAttrs++];
     serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     serialization.val.programmaticStreamSerializationAllowed = 1;

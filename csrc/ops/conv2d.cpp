@@ -4,10 +4,12 @@
 
 #include "ops/conv_args.h"
 #include "ops/dispatch.h"
+#include "ops/schema.h"
 
 namespace deltafx {
 namespace {
 
+template <bool kPlain>
 void conv2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
             const Tensor& x_mask, const Tensor& weight, const OptionalTensor& bias,
             const OptionalTensor& residual, const OptionalTensor& residual_mask,
@@ -31,7 +33,7 @@ void conv2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
   p.pre_scale = floats_of(pre_scale, p.x.c, acc, "pre_scale");
   p.pre_shift = floats_of(pre_shift, p.x.c, acc, "pre_shift");
   p.pre_act = activation_of(pre_act, {}, {}, p.x.c);
-  run_conv(p, weight, acc);
+  run_conv(p, weight, acc, kPlain);
 }
 
 // The schemas say what `weight` of conv2d and conv_transpose2d is only by this operator: packed for
@@ -63,19 +65,25 @@ Tensor pack_conv_weight_op(const Tensor& weight, at::IntArrayRef stride, at::Int
 
 }  // namespace
 
+#define CONV2D_ARGUMENTS                                                                      \
+  "(" DELTAFX_HEAD                                                                            \
+  "Tensor x, Tensor x_mask, Tensor weight, Tensor? bias, Tensor? residual, "                  \
+  "Tensor? residual_mask, Tensor? pre_scale, Tensor? pre_shift, str pre_act, int[2] kernel, " \
+  "int[2] stride, int[2] padding, int[2] dilation, int groups, bool "                         \
+  "residual_after_act, " DELTAFX_TAIL
+
+// conv2d.plain runs on any GPU what conv2d does on those before Ampere.
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
-  m.def(
-      "conv2d(Tensor(a!) acc, Tensor(b!) mask, Tensor(c!) counts, Tensor x, Tensor x_mask, "
-      "Tensor weight, Tensor? bias, Tensor? residual, Tensor? residual_mask, Tensor? pre_scale, "
-      "Tensor? pre_shift, str pre_act, int[2] kernel, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, bool residual_after_act, str act, float[] act_params, "
-      "Tensor? act_weight, Tensor? inv_scale, Tensor? threshold, str policy) -> ()",
-      {at::Tag::pt2_compliant_tag});
+  m.def("conv2d" CONV2D_ARGUMENTS, {at::Tag::pt2_compliant_tag});
+  m.def("conv2d.plain" CONV2D_ARGUMENTS, {at::Tag::pt2_compliant_tag});
   m.def(
       "pack_conv_weight(Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
       "int groups, bool transposed) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
-DELTAFX_IMPL(m.impl("conv2d", conv2d); m.impl("pack_conv_weight", pack_conv_weight_op))
+DELTAFX_IMPL(m.impl("conv2d", conv2d<false>); m.impl("pack_conv_weight", pack_conv_weight_op))
+#ifdef DELTAFX_CUDA
+TORCH_LIBRARY_IMPL(deltafx, CUDA, m) { m.impl("conv2d.plain", conv2d<true>); }
+#endif
 
 }  // namespace deltafx

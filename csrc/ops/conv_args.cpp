@@ -61,7 +61,7 @@ void check_conv_size(const ConvParams& p) {
 #ifdef DELTAFX_CUDA
 namespace {
 
-void run_conv_on_cuda(const ConvParams& p, const Tensor& weight, const Tensor& acc) {
+void run_conv_on_cuda(const ConvParams& p, const Tensor& weight, const Tensor& acc, bool plain) {
   check_same_device(weight, acc, "weight");
   TORCH_CHECK_TYPE(weight.scalar_type() == acc.scalar_type(), "deltafx: weight is packed in ",
                    weight.scalar_type(), " but the accumulator is ", acc.scalar_type());
@@ -71,16 +71,16 @@ void run_conv_on_cuda(const ConvParams& p, const Tensor& weight, const Tensor& a
   const bool allow_tf32 = at::globalContext().allowTF32CuDNN();
   run_on_cuda(acc, cuda::list_ints(p.out.acc.sites()) + p.out.acc.n,
               [&](int32_t* memory, cudaStream_t stream) {
-                return cuda::conv({p, weight.const_data_ptr(), allow_tf32, memory}, stream);
+                return cuda::conv({p, weight.const_data_ptr(), allow_tf32, plain, memory}, stream);
               });
 }
 
 }  // namespace
 #endif
 
-void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc) {
+void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc, [[maybe_unused]] bool plain) {
 #ifdef DELTAFX_CUDA
-  if (acc.is_cuda()) return run_conv_on_cuda(p, weight, acc);
+  if (acc.is_cuda()) return run_conv_on_cuda(p, weight, acc, plain);
 #endif
   p.weight = floats_of(weight, conv_weight_size(product_geometry(p)), acc, "weight");
   conv(p);

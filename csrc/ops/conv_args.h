@@ -31,8 +31,9 @@ ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Windo
 // Refuses an accumulator that is not of the size of an ordinary convolution's result.
 void check_conv_size(const ConvParams& p);
 // Runs it with a weight that was packed for the device of `acc`. fp32 on CUDA rounds its operands
-// to tf32 where torch.backends.cudnn.allow_tf32 lets the dense convolution do so.
-void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc);
+// to tf32 where torch.backends.cudnn.allow_tf32 lets the dense convolution do so. `plain`: by the
+// kernel of GPUs before Ampere on any GPU.
+void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc, bool plain = false);
 
 #ifdef DELTAFX_CUDA
 // weight: [cout, cin / groups, kh, kw], transposed [cin, cout / groups, kh, kw], of the dtype of

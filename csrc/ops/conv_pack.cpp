@@ -53,7 +53,7 @@ Tensor pack_conv_weight_on_cuda(const ConvGeometry& g, const Tensor& weight) {
   std::vector<Tensor> parts;
   for (const cuda::Phase& phase : cuda::conv_phases(g, dtype)) {
     const Tensor taps = taps_of(taps_of(plain, phase.y, 2), phase.x, 3);
-    if (!cuda::on_tensor_cores(g)) {
+    if (!cuda::is_matrix_product(g)) {
       parts.push_back(taps.permute({2, 3, 1, 0}).reshape({-1}));
       continue;
     }

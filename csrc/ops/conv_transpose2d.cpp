@@ -2,10 +2,12 @@
 // candidates, with the update rule as its epilogue.
 #include "ops/conv_args.h"
 #include "ops/dispatch.h"
+#include "ops/schema.h"
 
 namespace deltafx {
 namespace {
 
+template <bool kPlain>
 void conv_transpose2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
                       const Tensor& x_mask, const Tensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& residual, const OptionalTensor& residual_mask,
@@ -30,20 +32,25 @@ void conv_transpose2d(const Tensor& acc, const Tensor& mask, const Tensor& count
   TORCH_CHECK_VALUE(p.out.acc.h == h && p.out.acc.w == w, "deltafx: the accumulator is ",
                     p.out.acc.h, " x ", p.out.acc.w, " but this transposed convolution of x gives ",
                     h, " x ", w);
-  run_conv(p, weight, acc);
+  run_conv(p, weight, acc, kPlain);
 }
 
 }  // namespace
 
+#define CONV_TRANSPOSE2D_ARGUMENTS                                                               \
+  "(" DELTAFX_HEAD                                                                               \
+  "Tensor x, Tensor x_mask, Tensor weight, Tensor? bias, Tensor? residual, "                     \
+  "Tensor? residual_mask, int[2] kernel, int[2] stride, int[2] padding, int[2] output_padding, " \
+  "int[2] dilation, int groups, bool residual_after_act, " DELTAFX_TAIL
+
+// conv_transpose2d.plain: as conv2d.plain.
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
-  m.def(
-      "conv_transpose2d(Tensor(a!) acc, Tensor(b!) mask, Tensor(c!) counts, Tensor x, "
-      "Tensor x_mask, Tensor weight, Tensor? bias, Tensor? residual, Tensor? residual_mask, "
-      "int[2] kernel, int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, "
-      "int groups, bool residual_after_act, str act, float[] act_params, Tensor? act_weight, "
-      "Tensor? inv_scale, Tensor? threshold, str policy) -> ()",
-      {at::Tag::pt2_compliant_tag});
+  m.def("conv_transpose2d" CONV_TRANSPOSE2D_ARGUMENTS, {at::Tag::pt2_compliant_tag});
+  m.def("conv_transpose2d.plain" CONV_TRANSPOSE2D_ARGUMENTS, {at::Tag::pt2_compliant_tag});
 }
-DELTAFX_IMPL(m.impl("conv_transpose2d", conv_transpose2d))
+DELTAFX_IMPL(m.impl("conv_transpose2d", conv_transpose2d<false>))
+#ifdef DELTAFX_CUDA
+TORCH_LIBRARY_IMPL(deltafx, CUDA, m) { m.impl("conv_transpose2d.plain", conv_transpose2d<true>); }
+#endif
 
 }  // namespace deltafx

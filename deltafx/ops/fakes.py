@@ -15,8 +15,10 @@ from torch import Tensor
 OPERATORS = (
     "encode",
     "conv2d",
+    "conv2d.plain",
     "separable_conv2d",
     "conv_transpose2d",
+    "conv_transpose2d.plain",
     "pool2d",
     "adaptive_pool2d",
     "global_pool2d",

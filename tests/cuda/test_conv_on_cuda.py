@@ -47,6 +47,10 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "max", "threshold": 1.5, "margin": 8},
 ]
 
+PRODUCTS = [
+    case for case in test_conv2d.SHAPES + TILES + test_conv_transpose2d.SHAPES if case.groups == 1
+]
+
 
 def on_cuda(v: Any) -> Any:
     """A tensor on the device, in a wider buffer if it was in one; anything else as it is."""
@@ -62,6 +66,7 @@ class CudaProblem(Problem):
     """Runs the op on the device and brings back what it wrote."""
 
     tf32 = False
+    overload = "default"
 
     def call(self) -> None:
         args, _ = self.arguments()
@@ -75,7 +80,7 @@ class CudaProblem(Problem):
             assert moved[written].data_ptr() != args[written].data_ptr()
         op = torch.ops.deltafx.conv_transpose2d if c.transposed else torch.ops.deltafx.conv2d
         with torch.backends.cudnn.flags(allow_tf32=self.tf32):
-            op(*moved)
+            getattr(op, self.overload)(*moved)
         for written in (0, 1, 2):
             back = moved[written]
             whole, own = (
@@ -92,6 +97,12 @@ class CudaProblem(Problem):
 
 class TensorFloatProblem(CudaProblem):
     tf32 = True
+
+
+class PlainProblem(CudaProblem):
+    """By the kernel of GPUs before Ampere."""
+
+    overload = "plain"
 
 
 def run(case: Case, mask: str, kind: type[CudaProblem] = CudaProblem) -> None:
@@ -135,6 +146,20 @@ def test_conv2d_tf32(case: Case, mask: str) -> None:
 @pytest.mark.parametrize("case", test_conv_transpose2d.SHAPES, ids=str)
 def test_conv_transpose2d_shapes(case: Case, mask: str, dtype: torch.dtype) -> None:
     run(replace(case, dtype=dtype), mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["empty", "full", "random"])
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_plain_shapes(case: Case, mask: str, dtype: torch.dtype) -> None:
+    run(replace(case, dtype=dtype), mask, PlainProblem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", test_conv2d.FEATURES)
+@pytest.mark.parametrize("case", [c for c in test_conv2d.FEW if c.groups == 1] + TILES[:2], ids=str)
+def test_plain_features(case: Case, feature: str, dtype: torch.dtype) -> None:
+    run(replace(case, **{**test_conv2d.FEATURES[feature], "dtype": dtype}), "random", PlainProblem)
 
 
 def test_tall_tiles_agree_with_small_ones() -> None:
@@ -185,6 +210,19 @@ LONG_LISTS = [
 @pytest.mark.parametrize("shape", LONG_LISTS, ids=str)
 def test_long_lists(shape: tuple[int, ...], threshold: float | None, density: float) -> None:
     """Maps that the literal rule is too slow for, against torch's own convolution."""
+    check_long_list(shape, threshold, density, torch.ops.deltafx.conv2d.default)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize("shape", [s for s in LONG_LISTS if s[-1] == 1], ids=str)
+def test_plain_long_lists(shape: tuple[int, ...], threshold: float | None) -> None:
+    """More tiles than blocks."""
+    check_long_list(shape, threshold, 1.0, torch.ops.deltafx.conv2d.plain)
+
+
+def check_long_list(
+    shape: tuple[int, ...], threshold: float | None, density: float, op: torch._ops.OpOverload
+) -> None:
     torch.manual_seed(0)
     cin, cout, kernel, stride, groups = shape
     n, h, w, pad = 3, 97 * stride, 104 * stride, kernel // 2
@@ -211,7 +249,7 @@ def test_long_lists(shape: tuple[int, ...], threshold: float | None, density: fl
     limit = None if threshold is None else torch.tensor([threshold], device="cuda")
     sizes = [[kernel] * 2, [stride] * 2, [pad] * 2, [1, 1]]
     packed = torch.ops.deltafx.pack_conv_weight(weight, *sizes[1:], groups, False)
-    torch.ops.deltafx.conv2d(
+    op(
         acc, made, counts, x, mask, packed, bias, None, None, None, None, "identity", *sizes,
         groups, False, "relu", [], None, None if limit is None else scale, limit, "rms",
     )  # fmt: skip
