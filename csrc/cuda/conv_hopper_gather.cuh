@@ -70,7 +70,7 @@ class HopperGather {
       if (channel_ < channels) return;
       do {
         channel_ -= channels;
-        next_tap();
+        next_taps(1);
       } while (channel_ >= channels);
       begin_tap();
     }
@@ -86,40 +86,33 @@ class HopperGather {
             static_cast<int>(p_.x.ld) +
         channel_;
   }
-  __device__ void next_tap() {
-    if (++tap_x_ == p_.x_axis.phase.taps) {
-      tap_x_ = 0;
-      ++tap_y_;
-    }
-  }
-
   // A chunk is two taps of four channels, of which those beyond the image's are nothing.
   __device__ void load_image(uint32_t to) {
-    uint2 v[2][kOwnRows];
-    const int channels = static_cast<int>(p_.x.c);
-    const uint32_t low = channels > 1 ? ~0u : 0xffffu;
-    const uint32_t high = channels > 3 ? ~0u : channels > 2 ? 0xffffu : 0u;
+    const int bytes = static_cast<int>(p_.x.c * sizeof(T));
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
 #pragma unroll
-      for (int i = 0; i < kOwnRows; ++i) {
-        v[k][i] = make_uint2(0, 0);
-        if ((taps_[i] & bits_) == bits_)
-          v[k][i] = *reinterpret_cast<const uint2*>(from_[i] + offset_);
-      }
-      next_tap();
+      for (int i = 0; i < kOwnRows; ++i)
+        copy_tap(to + i * kCopyRows * kRowBytes + k * kTapBytes, from_[i] + offset_,
+                 (taps_[i] & bits_) == bits_ ? bytes : 0);
+      next_taps(1);
       begin_tap();
     }
-#pragma unroll
-    for (int i = 0; i < kOwnRows; ++i)
-      asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to + i * kCopyRows * kRowBytes),
-                   "r"(v[0][i].x & low), "r"(v[0][i].y & high), "r"(v[1][i].x & low),
-                   "r"(v[1][i].y & high)
-                   : "memory");
-    // A step is 16 taps, of which this thread had two.
-#pragma unroll 1
-    for (int k = 0; k < Traits::kDepth / 4 - 2; ++k) next_tap();
+    next_taps(Traits::kDepth / 4 - 2);  // the other threads' of this step
     begin_tap();
+  }
+  __device__ void next_taps(int count) {
+    tap_x_ += count;
+    while (tap_x_ >= p_.x_axis.phase.taps) {
+      tap_x_ -= p_.x_axis.phase.taps;
+      ++tap_y_;
+    }
+  }
+  // Eight bytes, all but the first few of which become 0.
+  static constexpr int kTapBytes = 8;
+  static __device__ __forceinline__ void copy_tap(uint32_t to, const T* from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
   }
 
   const GemmParams& p_;

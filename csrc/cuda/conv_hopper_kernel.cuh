@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 #pragma unroll 1
     for (int step = first_step; step < last_step; ++step) {
       wait_for_copies<kStages - 2>();
-      if constexpr (Traits::kImage) fence_async();  // cp.async's writes need none
+      // cp.async writes as the threads do, and was seen to need no fence before the products.
       wait_for_products(sums);
       wait_for_barrier(shared_address(barriers + stage), parity);
       __syncthreads();

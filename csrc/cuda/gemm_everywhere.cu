@@ -21,7 +21,9 @@ struct Tiles {
   int sites, depth, steps;
 };
 
-constexpr int stage_bytes(int groups) { return (kRows + groups * kGroup) * kPitch; }
+__host__ __device__ constexpr int stage_bytes(int groups) {
+  return (kRows + groups * kGroup) * kPitch;
+}
 
 // Where chunk c of 16 bytes of a row of sites lies, and of a row of weights: eight rows that are
 // read at once never meet in a bank.
@@ -102,9 +104,8 @@ __device__ __forceinline__ void load_image(const GemmEverywhereParams& p, const 
 }
 
 template <class Math, bool kPointwise, int kGroups>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    gemm_everywhere_kernel(const __grid_constant__ GemmEverywhereParams p,
-                           const __grid_constant__ Tiles tiles) {
+__device__ __forceinline__ void multiply_everywhere(const GemmEverywhereParams& p,
+                                                    const Tiles& tiles) {
   using T = typename Math::T;
   extern __shared__ __align__(128) char shared[];
   wait_for_inputs();
@@ -188,6 +189,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 }
 
 template <class Math, bool kPointwise, int kGroups>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    gemm_everywhere_kernel(const __grid_constant__ GemmEverywhereParams p,
+                           const __grid_constant__ Tiles tiles) {
+  if constexpr (kHasAmpere)
+    multiply_everywhere<Math, kPointwise, kGroups>(p, tiles);
+  else
+    __trap();  // cuDNN has these convolutions there
+}
+
+template <class Math, bool kPointwise, int kGroups>
 cudaError_t launch_groups(const GemmEverywhereParams& p, cudaStream_t stream) {
   const auto up = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
   const int columns = up(p.acc.c, kGroups * kGroup),
@@ -233,6 +244,7 @@ cudaError_t launch_math(const GemmEverywhereParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t gemm_everywhere(const GemmEverywhereParams& p, cudaStream_t stream) {
+  if (current_device().code < 80) return cudaErrorNotSupported;
   return p.acc.dtype == DType::f16 ? launch_math<Half>(p, stream)
                                    : launch_math<BFloat16>(p, stream);
 }

@@ -202,6 +202,8 @@ def _is_gemm(
     dilation: Sequence[int],
 ) -> bool:
     """Whether a convolution in half precision is one that `gemm_everywhere` takes."""
+    if torch.cuda.get_device_capability(acc.device) < (8, 0):
+        return False
     pointwise = weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
     image = x.shape[1] == 4 and _is_whole(x) and tuple(dilation) == (1, 1)
     vectors = _in_vectors(acc) and (residual is None or _in_vectors(residual))
