@@ -232,6 +232,9 @@ class FrameGraph:
                 self._bodies.append(self._record_everywhere(outputs))
                 if self._dense_above is None:
                     self._dense_above = self._measure_switch()
+                # What ran so far followed no masks. This makes it the state of the last frame again.
+                self._fill(float("nan"))
+                self._bodies[1].replay()
             dense_above = 1.0 if self._dense_above is None else self._dense_above
             masks = [self._tensors[name] for name in self._parts.masks]
             bodies = [body.raw_cuda_graph() for body in self._bodies]
@@ -299,17 +302,13 @@ class FrameGraph:
 
         The delta body takes about the same more for every square that changed: a line through its
         times for none and for a box of a quarter of the picture. Maps of ones stand for the last
-        frame's, so that all candidates change. The dense body is measured last, on a state that is
-        lost, all of which it makes good.
+        frame's, so that all candidates change: the state is lost.
         """
         delta, everywhere = self._bodies
         masks = [self._tensors[name] for name in self._parts.masks]
-        places = {place_name(self._plan, place) for place in self._plan.places.values()}
 
-        def nothing(value: float = 1.0) -> None:
-            for name in places.difference(self._parts.inputs):
-                self._tensors[name].fill_(value)
-            torch.ops.deltafx.clear_masks(self._tensors[MASKS], self._tensors[COUNTS])
+        def nothing() -> None:
+            self._fill(1.0)
 
         def box() -> None:
             nothing()
@@ -320,10 +319,17 @@ class FrameGraph:
         still, moving = _milliseconds(nothing, delta), _milliseconds(box, delta)
         squares = [F.max_pool2d(m[:1].float(), SQUARE, ceil_mode=True).mean() for m in masks]
         share = float(sum(squares)) / len(squares)
-        dense = _milliseconds(functools.partial(nothing, float("nan")), everywhere)
+        dense = _milliseconds(nothing, everywhere)
         if dense <= still:
             return 0.0
         return min(1.0, share * (dense - still) / max(moving - still, 1e-6))
+
+    def _fill(self, value: float) -> None:
+        """Fills all accumulators but the inputs', as before a frame in which nothing changed."""
+        places = {place_name(self._plan, place) for place in self._plan.places.values()}
+        for name in places.difference(self._parts.inputs):
+            self._tensors[name].fill_(value)
+        torch.ops.deltafx.clear_masks(self._tensors[MASKS], self._tensors[COUNTS])
 
     def _runner(self, graph: fx.Graph) -> Callable[[], Any]:
         """What runs a graph on the inputs' own memory."""
