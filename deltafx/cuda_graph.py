@@ -232,7 +232,7 @@ class FrameGraph:
                 self._bodies.append(self._record_everywhere(outputs))
                 if self._dense_above is None:
                     self._dense_above = self._measure_switch()
-                # What ran so far followed no masks. This makes it the state of the last frame again.
+                # What ran so far followed no masks: the state of the last frame once more.
                 self._fill(float("nan"))
                 self._bodies[1].replay()
             dense_above = 1.0 if self._dense_above is None else self._dense_above

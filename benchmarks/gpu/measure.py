@@ -15,7 +15,6 @@ from torch import Tensor
 
 from benchmarks.gpu.scenes import there_and_back
 
-
 REPEATS = 3
 """Of the frames in a row, of which the median counts."""
 
