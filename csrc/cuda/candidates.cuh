@@ -45,9 +45,7 @@ inline CandidateList list_in(int32_t* memory, int64_t* counts, int part = 0, int
           part + 1 < parts ? memory + (part + 1) % 2 : nullptr};
 }
 
-// Bytes x to x + 7 of a row of a mask, row = n * h + y; 0 outside of it. kSlack: the eight bytes
-// before and after the mask may be read too.
-template <bool kSlack = false>
+// Bytes x to x + 7 of a row of a mask, row = n * h + y; 0 outside of it.
 __device__ __forceinline__ uint64_t eight_bytes(const Mask& mask, int row, int x) {
   const int w = static_cast<int>(mask.w);
   if (x <= -8 || x >= w) return 0;
@@ -56,12 +54,9 @@ __device__ __forceinline__ uint64_t eight_bytes(const Mask& mask, int row, int x
   const auto* words = reinterpret_cast<const uint64_t*>(address & ~uintptr_t{7});
   const unsigned shift = address % 8 * 8;
   uint64_t v = 0;
-  if (kSlack) {
-    const uint64_t low = words[0], high = words[1];
-    v = shift != 0 ? low >> shift | high << (64 - shift) : low;
-  } else if (reinterpret_cast<const uint8_t*>(words) >= mask.data &&
-             reinterpret_cast<const uint8_t*>(words + (shift != 0 ? 2 : 1)) <=
-                 mask.data + mask.n * mask.h * mask.w) {
+  if (reinterpret_cast<const uint8_t*>(words) >= mask.data &&
+      reinterpret_cast<const uint8_t*>(words + (shift != 0 ? 2 : 1)) <=
+          mask.data + mask.n * mask.h * mask.w) {
     v = words[0] >> shift;
     if (shift != 0) v |= words[1] << (64 - shift);
   } else {

@@ -8,7 +8,6 @@
 #include "cuda/conv_gemm.h"
 #include "cuda/conv_hopper.h"
 #include "cuda/conv_query.cuh"
-#include "cuda/own_list.cuh"
 #include "cuda/ops.h"
 
 namespace deltafx::cuda {
@@ -78,13 +77,12 @@ bool takes_depthwise(const GemmParams& p, const ConvGeometry& g) {
   return g.groups == g.cin && g.groups == g.cout && conv_depthwise_takes(p);
 }
 
-// Whether the kernel finds the candidates by itself. It counts active sites in the mask, which no
-// other operator may mark then.
-bool lists_itself(const GemmParams& p, const ConvGeometry& g) {
-  if (p.out.acc.ld != p.out.acc.c || !p.out.mask.in_words) return false;
-  if (!takes_depthwise(p, g)) return p.shares.count > 0;
-  return can_list_itself(p.out.acc, p.x_mask, p.residual_mask,
-                         ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis}.is_pointwise());
+// The shares in which the kernel's blocks find the candidates by themselves; none if they go by a
+// list. They count active sites in the mask, which no other operator may mark then.
+Shares shares_of(const GemmParams& p, const ConvLaunch& launch) {
+  if (p.out.acc.ld != p.out.acc.c || !p.out.mask.in_words) return {};
+  if (takes_depthwise(p, launch.p.geometry)) return conv_depthwise_shares(p);
+  return on_hopper(p, launch) ? conv_hopper_shares(p) : Shares{};
 }
 
 cudaError_t run_phase(const GemmParams& p, const ConvLaunch& launch, cudaStream_t stream) {
@@ -167,7 +165,6 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
   p.pre_scale = c.pre_scale;
   p.pre_shift = c.pre_shift;
   p.pre_act = c.pre_act;
-  p.runs = SiteRuns(c.out.acc);
   p.acc_aligned = is_aligned(c.out.acc);
   p.residual_aligned = is_aligned(c.residual);
   p.w = Divisor(static_cast<int>(c.out.acc.w));
@@ -184,8 +181,8 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
     p.packed_depth = static_cast<int>(packed_depth(p.depth, dtype));
     p.cluster = cluster_for(p.packed_depth / row_elements(dtype));
     p.list = list_in(launched.memory, c.out.counts, i, parts);
-    p.shares = on_hopper(p, launched) ? conv_hopper_shares(p) : Shares{};
-    p.lists_itself = parts == 1 && streams == nullptr && lists_itself(p, g);
+    p.shares = parts == 1 && streams == nullptr ? shares_of(p, launched) : Shares{};
+    p.lists_itself = p.shares.count > 0;
     cudaError_t error = cudaSuccess;
     if (!p.lists_itself)
       error = list_candidates(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, streams},

@@ -7,7 +7,6 @@
 #include <cstdlib>
 
 #include "cuda/conv_query.cuh"
-#include "cuda/own_list.cuh"
 #include "cuda/update.cuh"
 
 namespace deltafx::cuda {
@@ -15,12 +14,30 @@ namespace {
 
 constexpr int kThreads = 128, kBlocksPerMultiprocessor = 3;
 
-// How the work is divided: `vectors` threads share a site, and `sites` such teams go through them.
+constexpr int kListed = 1024;  // of its own candidates, that a block lists at a time
+
+// How a block divides its work: `vectors` threads share a site, and `sites` such teams go through
+// them; blocks along y have the other channels.
 struct Teams {
   Divisor vectors;
-  int sites;
-  int list_offset;  // of a list of its own in shared memory, bytes
+  int sites, columns;
+
+  // group: threads that must have the same site, because they compare it together.
+  Teams(const GemmParams& p, int group) {
+    const int all = static_cast<int>(p.out.acc.c + kVector * group - 1) / (kVector * group);
+    const int most = std::max(1, kMostVectors / group);
+    columns = (all + most - 1) / most;
+    vectors = Divisor((all + columns - 1) / columns * group);
+    sites = kThreads / vectors.value;
+  }
+
+ private:
+  static constexpr int kMostVectors = 32;
 };
+
+int group_of(const GemmParams& p) {
+  return p.out.truncation.policy == Policy::none ? 1 : p.out.acc.c <= 32 ? 4 : 8;
+}
 
 // A map's bytes from a site to the next one, from a row to the next, and between taps.
 struct Pitches {
@@ -137,37 +154,42 @@ class Weights {
 template <class T, int kLanes, int kTaps>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     depthwise_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ Teams teams) {
-  extern __shared__ __align__(16) char shared[];
+  __shared__ uint16_t listed[kListed];
   constexpr bool kCompares = kLanes > 0;
   const FeatureMap& acc = p.out.acc;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  // Warps that follow one another are in different blocks, so that few candidates keep all busy.
-  const int thread =
-      (warp * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x)) * 32 + lane;
-  const int team = teams.vectors.divide(thread), first_team = teams.vectors.divide(thread - lane);
-  const int c0 = (thread - team * teams.vectors.value) * kVector;
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
+  const int share = static_cast<int>(blockIdx.x), team = teams.vectors.divide(tid);
+  const int vector =
+      static_cast<int>(blockIdx.y) * teams.vectors.value + tid - team * teams.vectors.value;
+  const int c0 = vector * kVector;
   const bool works = team < teams.sites && c0 < static_cast<int>(acc.c);
-  // The kernel that made the list began when all before it were done, so the weights are there.
-  if (p.lists_itself) wait_for_inputs();
+  const bool lists_itself = p.lists_itself;
+  // The weights are no other kernel's output.
   Weights<T, kTaps> weights(p, c0, works);
   float bias[kVector] = {};
   if (works && p.bias != nullptr) load_floats(p.bias + c0, kVector, bias);
-  if (!p.lists_itself) wait_for_inputs();
-  int size, first_entry = 0;
-  auto* own_list = reinterpret_cast<uint16_t*>(shared + teams.list_offset);
-  if (p.lists_itself) {
-    const ConvQuery query{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr};
-    size = list_own<kThreads>(query, p.runs, p.out, shared, own_list);
+  wait_for_inputs();
+  // The block's candidates: those of its share, or every so many of the list.
+  int size, first_entry = 0, listed_from = 0;
+  OwnCandidates<kThreads> own;
+  if (lists_itself) {
+    own.find(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr}, p.shares, share);
+    size = own.size();
+    if (size > 0 && tid == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
+    own.list(0, listed);
+    __syncthreads();
   } else {
     first_entry = p.list.first();
     size = p.list.last() - first_entry;
   }
   const auto site_of = [&](int entry) {
     if (!works || entry >= size) return -1;
-    return p.lists_itself ? static_cast<int>(own_list[entry])
-                          : site_in(p.list.entries[first_entry + entry]);
+    return lists_itself ? p.shares.site(share, listed[entry - listed_from])
+                        : site_in(p.list.entries[first_entry + entry]);
   };
-  int next = site_of(team);
+  const int first = lists_itself ? 0 : share * teams.sites;
+  const int stride = lists_itself ? teams.sites : static_cast<int>(gridDim.x) * teams.sites;
+  int next = site_of(first + team);
   weights.arrive();
   const FastActivation act(p.act);
   const GroupRule rule(p.out, c0, works ? kVector : 0);
@@ -177,9 +199,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   T* const y_of_first = static_cast<T*>(acc.data) + c0;
   SiteMarks marks;
 #pragma unroll 1
-  for (int entry = team; entry - team + first_team < size; entry += teams.sites) {
-    const int site = next;
-    next = site_of(entry + teams.sites);
+  for (int begin = first; begin < size; begin += stride) {
+    const int entry = begin + team, site = next;
+    if (lists_itself && begin + 2 * stride > listed_from + kListed) {
+      __syncthreads();
+      listed_from = begin + stride;
+      own.list(listed_from, listed);
+      __syncthreads();
+    }
+    next = site_of(entry + stride);
     float y[kVector], old[kVector] = {};
 #pragma unroll
     for (int i = 0; i < kVector; ++i) y[i] = bias[i];
@@ -188,19 +216,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const Position at = position_of(site, p.h, p.w);
       const int top = p.y.base(at.y), left = p.x_axis.base(at.x);
       const int row = at.n * static_cast<int>(p.x.h) + top;
-      const T* const first = beyond(beyond(x, static_cast<int64_t>(row) * pitches.row),
-                                    static_cast<int64_t>(left) * pitches.site);
+      const T* const window_at = beyond(beyond(x, static_cast<int64_t>(row) * pitches.row),
+                                        static_cast<int64_t>(left) * pitches.site);
       Packet<T> before;
       if constexpr (kCompares) before.load(to);
       if constexpr (kTaps == 3) {
         Taps<T, 3, 3> window;
-        window.fetch(p, pitches, first, top, left);
+        window.fetch(p, pitches, window_at, top, left);
         weights.add(y, window, 0);
       } else {
 #pragma unroll 1
         for (int jy = 0; jy < p.y.phase.taps; ++jy) {
           Taps<T, 1, kTaps> taps;
-          taps.fetch(p, pitches, beyond(first, static_cast<int64_t>(jy) * pitches.tap_y),
+          taps.fetch(p, pitches, beyond(window_at, static_cast<int64_t>(jy) * pitches.tap_y),
                      top + jy * p.y.phase.step, left);
           weights.add(y, taps, jy);
         }
@@ -225,26 +253,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if constexpr (kCompares) {
     const int found = sum_over_warp(marks.count());
     if (lane == 0 && found > 0) add_to(p.out.counts + 1, found);
-  } else if (thread == 0 && size > 0) {
+  } else if (tid == 0 && blockIdx.y == 0 && size > 0 && (lists_itself || share == 0)) {
     add_to(p.out.counts + 1, size);
   }
 }
 
+int resident_blocks(const Teams& teams) {
+  return kBlocksPerMultiprocessor * current_device().multiprocessors / teams.columns;
+}
+
 template <class T, int kLanes, int kTaps>
 cudaError_t launch_depthwise(const GemmParams& p, cudaStream_t stream) {
-  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t vectors =
-      kLanes == 0 ? p.out.acc.c / kVector : up(p.out.acc.c, kTruncationGroup) * kLanes;
-  const int64_t most = int64_t{kBlocksPerMultiprocessor} * current_device().multiprocessors;
-  const int64_t blocks =
-      std::max(std::min(up(p.out.acc.sites() * vectors, kThreads), most), up(vectors, kThreads));
-  // As much as can_list_itself counts with.
-  const int mask_bytes = static_cast<int>(up(p.x_mask.sites() + 96, 16) * 16);
-  const int list_bytes = p.runs.count() * kFlags * static_cast<int>(sizeof(uint16_t));
-  const Grid grid{static_cast<int>(blocks), kThreads, p.lists_itself ? mask_bytes + list_bytes : 0};
-  const Teams teams{Divisor(static_cast<int>(vectors)),
-                    static_cast<int>(blocks * kThreads / vectors), mask_bytes};
-  return launch(depthwise_kernel<T, kLanes, kTaps>, grid, stream, p, teams);
+  const Teams teams(p, group_of(p));
+  const int64_t all = (p.out.acc.sites() + teams.sites - 1) / teams.sites;
+  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(all, resident_blocks(teams)));
+  const int along_x = p.lists_itself ? p.shares.count : static_cast<int>(blocks);
+  return launch(depthwise_kernel<T, kLanes, kTaps>, {along_x, kThreads, 0, 1, teams.columns},
+                stream, p, teams);
 }
 
 template <class T, int kTaps>
@@ -269,6 +294,15 @@ bool conv_depthwise_takes(const GemmParams& p) {
          p.pre_scale == nullptr && p.residual.data == nullptr &&
          ((taps == 3 && p.y.phase.taps == 3) || taps == 5) && is_aligned(p.x) && p.acc_aligned &&
          reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
+}
+
+Shares conv_depthwise_shares(const GemmParams& p) {
+  const Teams teams(p, group_of(p));
+  const int resident = resident_blocks(teams);
+  const double rounds = expected_candidates(p.out.acc) / teams.sites;  // of one block
+  // Blocks with more to do have it more unevenly than by a list.
+  if (3 * resident < rounds) return {};
+  return Shares(p.out.acc, std::min(resident, static_cast<int>(rounds) + 1));
 }
 
 cudaError_t conv_depthwise(const GemmParams& p, cudaStream_t stream) {

@@ -6,6 +6,9 @@
 namespace deltafx::cuda {
 
 bool conv_depthwise_takes(const GemmParams& p);
+// The shares of the map in which blocks find the candidates for themselves; none where a list is
+// the quicker way.
+Shares conv_depthwise_shares(const GemmParams& p);
 // p's weight: [tap][channel].
 cudaError_t conv_depthwise(const GemmParams& p, cudaStream_t stream);
 

@@ -41,7 +41,6 @@ struct GemmParams {
   bool lists_itself;   // the kernel finds the candidates, there is no list
   CandidateList list;  // where it does not
   Shares shares;       // of the accumulator's sites, where it does
-  SiteRuns runs;       // of the accumulator
   Divisor w, h;        // of the accumulator
   int sites;           // of the accumulator
 };

@@ -1,7 +1,6 @@
 #include "cuda/conv_hopper.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "cuda/launch.h"
 
@@ -49,13 +48,6 @@ int parts_of(const GemmParams& p) {
   return parts;
 }
 
-// Where a twentieth of every picture changed, in a box: two sites more on each side.
-double expected_candidates(const FeatureMap& map) {
-  const double side = std::sqrt(0.05), h = static_cast<double>(map.h),
-               w = static_cast<double>(map.w);
-  return static_cast<double>(map.n) * std::min(h, side * h + 4) * std::min(w, side * w + 4);
-}
-
 }  // namespace
 
 bool conv_hopper_takes(const GemmParams& p) {
@@ -85,9 +77,11 @@ Shares conv_hopper_shares(const GemmParams& p) {
   const double expected = expected_candidates(p.out.acc) / tiling.rows();  // tiles, filled
   // A share of more than one tile makes its cluster take twice as long, and they are not all alike.
   if (tiling.clusters < 1.6 * expected) return none;
-  // The fewer, the less often a tile's weights are read; an image's are few.
-  const double room = p.x.c <= 4 ? 3 : 2;
-  return Shares(p.out.acc, std::min(tiling.clusters, static_cast<int>(room * expected) + 1));
+  // The fewer, the less often a tile's weights are read; an image's are few. But a small map's
+  // share of the candidates is the least certain, and there are multiprocessors to spare.
+  const int wanted = static_cast<int>((p.x.c <= 4 ? 3 : 2) * expected) + 1;
+  const int spare = current_device().multiprocessors / (4 * tiling.columns * tiling.cluster);
+  return Shares(p.out.acc, std::min(tiling.clusters, std::max(wanted, spare)));
 }
 
 }  // namespace deltafx::cuda

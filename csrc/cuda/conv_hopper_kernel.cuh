@@ -33,7 +33,7 @@ struct HopperTraits {
   static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
   static constexpr int kSharedBytes = 1024 + kStages * kStageBytes;
   static_assert(kRows * kColumns * 4 <= kStages * kStageBytes, "sums reuse the stages");
-  static_assert(kListed % kRows == 0 && kThreads == Shares::kThreads, "whole tiles are listed");
+  static_assert(kListed % kRows == 0, "whole tiles are listed");
 };
 
 template <class Traits>
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const bool lists_itself = p.lists_itself;
   const int guess = share * kRows + tid;
   int size, first_entry = 0, entry = 0;
-  OwnCandidates own;
+  OwnCandidates<kThreads> own;
   if (lists_itself) {
     own.find(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr}, p.shares, share);
     size = own.size();

@@ -61,8 +61,6 @@ struct ConvQuery {
     return bytes;
   }
 
-  // kSlack: see eight_bytes.
-  template <bool kSlack = false>
   __device__ uint32_t flags(Position at, int count) const {
     uint32_t found = 0;
     if (y_axis.transposed || streams != nullptr || x_axis.stride > 2) {
@@ -78,7 +76,7 @@ struct ConvQuery {
     const bool in_words = wide && aligned;
     uint64_t bytes = 0, a = 0, b = 0, c = 0;
     if (residual.data != nullptr)
-      bytes = eight_bytes<kSlack>(residual, at.n * static_cast<int>(residual.h) + at.y, at.x);
+      bytes = eight_bytes(residual, at.n * static_cast<int>(residual.h) + at.y, at.x);
     if (in_words) or_rows(at, left, span, a, b, c);
 #pragma unroll 1
     for (int jy = 0; jy < (in_words ? 0 : y_axis.phase.taps); ++jy) {
@@ -86,9 +84,9 @@ struct ConvQuery {
       if (iy < 0 || iy >= x.h) continue;
       const int row = at.n * static_cast<int>(x.h) + iy;
       if (wide) {
-        a |= eight_bytes<kSlack>(x, row, left);
-        if (span >= 8) b |= eight_bytes<kSlack>(x, row, left + 8);
-        if (span >= 16) c |= eight_bytes<kSlack>(x, row, left + 16);
+        a |= eight_bytes(x, row, left);
+        if (span >= 8) b |= eight_bytes(x, row, left + 8);
+        if (span >= 16) c |= eight_bytes(x, row, left + 16);
         continue;
       }
       if (aligned && x_axis.stride == 1) {
@@ -99,9 +97,8 @@ struct ConvQuery {
       }
 #pragma unroll 1
       for (int jx = 0; jx < taps; ++jx) {
-        a = eight_bytes<kSlack>(x, row, left + jx * step);
-        if (x_axis.stride == 2)
-          a = even_bytes(a, eight_bytes<kSlack>(x, row, left + jx * step + 8));
+        a = eight_bytes(x, row, left + jx * step);
+        if (x_axis.stride == 2) a = even_bytes(a, eight_bytes(x, row, left + jx * step + 8));
         bytes |= a;
       }
     }

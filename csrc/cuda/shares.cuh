@@ -7,14 +7,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/candidates.cuh"
 
 namespace deltafx::cuda {
 
 struct Shares {
-  static constexpr int kThreads = 256;  // of a block
-  static constexpr int kPasses = 4;     // a thread looks at so many runs at most
+  static constexpr int kRuns = 1024;  // of a share, at most
 
   int count;
   int runs, w;  // of the map
@@ -25,8 +25,7 @@ struct Shares {
   Shares(const FeatureMap& map, int wanted)
       : w(static_cast<int>(map.w)), per_row((w + kFlags - 1) / kFlags), h(static_cast<int>(map.h)) {
     runs = static_cast<int>(map.n * map.h) * per_row.value;
-    constexpr int kMost = kThreads * kPasses;
-    count = std::max({1, std::min(wanted, runs), (runs + kMost - 1) / kMost});
+    count = std::max({1, std::min(wanted, runs), (runs + kRuns - 1) / kRuns});
   }
 
   // The index of run `j` of a share; false: it has no such run.
@@ -46,37 +45,43 @@ struct Shares {
   }
 };
 
-// What a thread knows of its share's candidates.
+// What a thread of a block of kThreads knows of the candidates in the block's share.
+template <int kThreads>
 class OwnCandidates {
+  static constexpr int kPasses = Shares::kRuns / kThreads;  // a thread has so many runs at most
+  static_assert(kPasses * kFlags <= 64, "a thread's flags are one word");
+
  public:
-  // Finds them; called by all threads of a block.
+  // Finds them; called by all threads.
   template <class Query>
   __device__ __forceinline__ void find(const Query& query, const Shares& shares, int share) {
-    __shared__ int warps[Shares::kThreads / 32];
+    __shared__ int warps[kThreads / 32];
     const int tid = static_cast<int>(threadIdx.x);
     flags_ = 0;
     if (query.is_pointwise()) {
-      uint64_t bytes[Shares::kPasses];
+      uint64_t bytes[kPasses];
 #pragma unroll
-      for (int k = 0; k < Shares::kPasses; ++k) {
+      for (int k = 0; k < kPasses; ++k) {
         int run;
         bytes[k] = 0;
-        if (shares.find(share, tid + k * Shares::kThreads, &run)) bytes[k] = query.eight_sites(run);
+        if (k * kThreads * shares.count >= shares.runs) continue;
+        if (shares.find(share, tid + k * kThreads, &run)) bytes[k] = query.eight_sites(run);
       }
 #pragma unroll
-      for (int k = 0; k < Shares::kPasses; ++k) flags_ |= bits_of(bytes[k]) << (k * kFlags);
+      for (int k = 0; k < kPasses; ++k)
+        flags_ |= static_cast<uint64_t>(bits_of(bytes[k])) << (k * kFlags);
     } else {
 #pragma unroll 1
-      for (int k = 0; k * Shares::kThreads * shares.count < shares.runs; ++k) {
+      for (int k = 0; k * kThreads * shares.count < shares.runs; ++k) {
         int run;
-        if (!shares.find(share, tid + k * Shares::kThreads, &run)) continue;
+        if (!shares.find(share, tid + k * kThreads, &run)) continue;
         const int row = shares.per_row.divide(run), stream = shares.h.divide(row);
         const int x = (run - row * shares.per_row.value) * kFlags;
         const Position at{stream, row - stream * shares.h.value, x};
-        flags_ |= query.flags(at, min(kFlags, shares.w - x)) << (k * kFlags);
+        flags_ |= static_cast<uint64_t>(query.flags(at, min(kFlags, shares.w - x))) << (k * kFlags);
       }
     }
-    before_ = sum_before<Shares::kThreads>(__popc(flags_), warps, &size_);
+    before_ = sum_before<kThreads>(__popcll(flags_), warps, &size_);
   }
   __device__ __forceinline__ int size() const { return size_; }
   // Lists number `from` to from + kRoom; needs a barrier before they are read.
@@ -84,18 +89,25 @@ class OwnCandidates {
   __device__ __forceinline__ void list(int from, uint16_t (&entries)[kRoom]) const {
     int at = before_ - from;
 #pragma unroll 1
-    for (uint32_t flags = flags_; flags != 0; flags &= flags - 1, ++at) {
+    for (uint64_t flags = flags_; flags != 0; flags &= flags - 1, ++at) {
       if (at < 0 || at >= kRoom) continue;
-      const int bit = __ffs(static_cast<int>(flags)) - 1;
-      const int run = static_cast<int>(threadIdx.x) + bit / kFlags * Shares::kThreads;
+      const int bit = __ffsll(static_cast<long long>(flags)) - 1;
+      const int run = static_cast<int>(threadIdx.x) + bit / kFlags * kThreads;
       entries[at] = static_cast<uint16_t>(run * kFlags + bit % kFlags);
     }
   }
 
  private:
-  uint32_t flags_;  // of each run eight
+  uint64_t flags_;  // of each run eight
   int before_, size_;
 };
-static_assert(Shares::kPasses * kFlags <= 32, "a thread's flags are one word");
+
+// How many sites are expected to be candidates: where a twentieth of every picture changed, in a
+// box, with two sites more on each side.
+inline double expected_candidates(const FeatureMap& map) {
+  const double side = std::sqrt(0.05), h = static_cast<double>(map.h),
+               w = static_cast<double>(map.w);
+  return static_cast<double>(map.n) * std::min(h, side * h + 4) * std::min(w, side * w + 4);
+}
 
 }  // namespace deltafx::cuda

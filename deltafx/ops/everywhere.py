@@ -95,7 +95,7 @@ def conv2d_everywhere(
         )  # fmt: skip
         return
     # cuDNN would copy a slice of channels as well.
-    x = prologue(x, pre_scale, pre_shift, pre_act).contiguous(memory_format=torch.channels_last)
+    x = _as_channels_last(prologue(x, pre_scale, pre_shift, pre_act))
     cudnn = torch.backends.cudnn
     if way == "fused":
         try:
@@ -109,7 +109,7 @@ def conv2d_everywhere(
     y = acc if _is_whole(acc) else torch.empty_like(acc, memory_format=torch.channels_last)
     # It tries its algorithms at the first call of each shape, which is before any capture.
     torch.ops.aten.cudnn_convolution.out(
-        x, weight, padding, stride, dilation, groups,
+        x, _as_channels_last(weight), padding, stride, dilation, groups,
         True, cudnn.deterministic, cudnn.allow_tf32, out=y,
     )  # fmt: skip
     torch.ops.deltafx.finish_conv2d(
@@ -214,6 +214,17 @@ def _in_vectors(t: Tensor) -> bool:
     """Whether the channels of a map can be moved in whole vectors of eight."""
     rows = (t.shape[1], *(t.stride(i) for i in (0, 2, 3)))
     return t.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in rows)
+
+
+def _as_channels_last(t: Tensor) -> Tensor:
+    """The same in channels_last, and with the strides of that.
+
+    Where there is one channel, strides do not matter, and may be those of another memory format;
+    but torch goes by them when it chooses the format of a convolution's result.
+    """
+    _, c, h, w = t.shape
+    t = t.contiguous(memory_format=torch.channels_last)
+    return t.as_strided(t.shape, (h * w * c, 1, w * c, c))
 
 
 def _is_whole(t: Tensor) -> bool:
