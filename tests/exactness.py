@@ -44,7 +44,11 @@ class Oracle:
         self.eps = 0.0
 
     def compare(self, outputs: Any, *args: Any) -> None:
-        """Takes in a frame's result; asserts that NaNs and infinities are where they belong."""
+        """Takes in a frame's result; asserts that NaNs and infinities are where they belong.
+
+        On CUDA a library may spread a NaN of the frame farther than the model does; but the next
+        frame must be rid of it.
+        """
         self.take(outputs, self.reference(*args))
 
     @torch.no_grad()
@@ -68,8 +72,10 @@ class Oracle:
         for i, (o, e) in enumerate(zip(got, expected, strict=True)):
             assert o.dtype == dense[0][i].dtype
             self.eps = max(self.eps, torch.finfo(o.dtype).eps)
-            assert torch.equal(o.isnan(), e.isnan()), "NaNs at other positions than the model's"
-            finite = e.isfinite()
+            assert not (e.isnan() & ~o.isnan()).any(), "numbers where the model has NaNs"
+            spread = o.is_cuda and e.isnan().any()
+            assert spread or not (o.isnan() & ~e.isnan()).any(), "NaNs where the model has numbers"
+            finite = e.isfinite() & (o.isfinite() | (not spread))
             self.ours += _squares(o, e, finite)
             self.norm += _squares(e, torch.zeros_like(e), finite)
             # Dense kernels may spread a NaN farther than the model does; that is no error here.

@@ -58,7 +58,7 @@ bool has_constant_sites(const ConvGeometry& g, const Window& w, int64_t in, int6
 }
 
 // How many blocks may share a tile's depth: so many that each still has some steps to pipeline.
-int cluster_for(int64_t steps) { return steps >= 32 ? 8 : steps >= 16 ? 4 : 1; }
+int cluster_for(int64_t steps) { return steps >= 32 ? 8 : steps >= 12 ? 4 : 1; }
 
 int64_t packed_cin(const ConvGeometry& g) { return packed_channels(static_cast<int>(g.cin)); }
 

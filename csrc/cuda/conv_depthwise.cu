@@ -32,7 +32,7 @@ struct Teams {
   }
 
  private:
-  static constexpr int kMostVectors = 32;
+  static constexpr int kMostVectors = 8;  // so that a run of sites is work for all teams
 };
 
 int group_of(const GemmParams& p) {
@@ -299,10 +299,9 @@ bool conv_depthwise_takes(const GemmParams& p) {
 Shares conv_depthwise_shares(const GemmParams& p) {
   const Teams teams(p, group_of(p));
   const int resident = resident_blocks(teams);
-  const double rounds = expected_candidates(p.out.acc) / teams.sites;  // of one block
   // Blocks with more to do have it more unevenly than by a list.
-  if (3 * resident < rounds) return {};
-  return Shares(p.out.acc, std::min(resident, static_cast<int>(rounds) + 1));
+  if (resident * teams.sites < expected_candidates(p.out.acc)) return {};
+  return Shares(p.out.acc, resident);
 }
 
 cudaError_t conv_depthwise(const GemmParams& p, cudaStream_t stream) {

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/candidates.cuh"
 
@@ -49,6 +50,7 @@ struct Shares {
 template <int kThreads>
 class OwnCandidates {
   static constexpr int kPasses = Shares::kRuns / kThreads;  // a thread has so many runs at most
+  using Flags = std::conditional_t<kPasses * kFlags <= 32, uint32_t, uint64_t>;
   static_assert(kPasses * kFlags <= 64, "a thread's flags are one word");
 
  public:
@@ -69,7 +71,7 @@ class OwnCandidates {
       }
 #pragma unroll
       for (int k = 0; k < kPasses; ++k)
-        flags_ |= static_cast<uint64_t>(bits_of(bytes[k])) << (k * kFlags);
+        flags_ |= static_cast<Flags>(bits_of(bytes[k])) << (k * kFlags);
     } else {
 #pragma unroll 1
       for (int k = 0; k * kThreads * shares.count < shares.runs; ++k) {
@@ -78,10 +80,10 @@ class OwnCandidates {
         const int row = shares.per_row.divide(run), stream = shares.h.divide(row);
         const int x = (run - row * shares.per_row.value) * kFlags;
         const Position at{stream, row - stream * shares.h.value, x};
-        flags_ |= static_cast<uint64_t>(query.flags(at, min(kFlags, shares.w - x))) << (k * kFlags);
+        flags_ |= static_cast<Flags>(query.flags(at, min(kFlags, shares.w - x))) << (k * kFlags);
       }
     }
-    before_ = sum_before<kThreads>(__popcll(flags_), warps, &size_);
+    before_ = sum_before<kThreads>(count_of(flags_), warps, &size_);
   }
   __device__ __forceinline__ int size() const { return size_; }
   // Lists number `from` to from + kRoom; needs a barrier before they are read.
@@ -89,16 +91,25 @@ class OwnCandidates {
   __device__ __forceinline__ void list(int from, uint16_t (&entries)[kRoom]) const {
     int at = before_ - from;
 #pragma unroll 1
-    for (uint64_t flags = flags_; flags != 0; flags &= flags - 1, ++at) {
+    for (Flags flags = flags_; flags != 0; flags &= flags - 1, ++at) {
       if (at < 0 || at >= kRoom) continue;
-      const int bit = __ffsll(static_cast<long long>(flags)) - 1;
+      const int bit = first_of(flags);
       const int run = static_cast<int>(threadIdx.x) + bit / kFlags * kThreads;
       entries[at] = static_cast<uint16_t>(run * kFlags + bit % kFlags);
     }
   }
 
  private:
-  uint64_t flags_;  // of each run eight
+  static __device__ __forceinline__ int count_of(uint32_t v) { return __popc(v); }
+  static __device__ __forceinline__ int count_of(uint64_t v) { return __popcll(v); }
+  static __device__ __forceinline__ int first_of(uint32_t v) {
+    return __ffs(static_cast<int>(v)) - 1;
+  }
+  static __device__ __forceinline__ int first_of(uint64_t v) {
+    return __ffsll(static_cast<long long>(v)) - 1;
+  }
+
+  Flags flags_;  // of each run eight
   int before_, size_;
 };
 

@@ -107,6 +107,7 @@ def conv2d_everywhere(
         except RuntimeError:
             pass  # no such kernel in cuDNN; nothing was launched
     y = acc if _is_whole(acc) else torch.empty_like(acc, memory_format=torch.channels_last)
+    y = _as_channels_last(y)
     # It tries its algorithms at the first call of each shape, which is before any capture.
     torch.ops.aten.cudnn_convolution.out(
         x, _as_channels_last(weight), padding, stride, dilation, groups,
@@ -220,7 +221,8 @@ def _as_channels_last(t: Tensor) -> Tensor:
     """The same in channels_last, and with the strides of that.
 
     Where there is one channel, strides do not matter, and may be those of another memory format;
-    but torch goes by them when it chooses the format of a convolution's result.
+    but torch goes by them when it chooses the format of a convolution's result, and takes a plan
+    of cuDNN's that it made for tensors with others.
     """
     _, c, h, w = t.shape
     t = t.contiguous(memory_format=torch.channels_last)
