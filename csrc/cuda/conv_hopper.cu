@@ -81,6 +81,8 @@ Shares conv_hopper_shares(const GemmParams& p) {
   // share of the candidates is the least certain, and there are multiprocessors to spare.
   const int wanted = static_cast<int>((p.x.c <= 4 ? 3 : 2) * expected) + 1;
   const int spare = current_device().multiprocessors / (4 * tiling.columns * tiling.cluster);
+  // Deep sums of many channels: two clusters would read all of the weights for the sites of one.
+  if (tiling.cluster > 1 && tiling.clusters < wanted) return none;
   return Shares(p.out.acc, std::min(tiling.clusters, std::max(wanted, spare)));
 }
 
