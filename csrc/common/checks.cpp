@@ -42,6 +42,19 @@ FeatureMap feature_map(const Tensor& t, const char* name) {
   return map;
 }
 
+FeatureMap map_like(const Tensor& t, const Tensor& acc, const char* name) {
+  check_same_device(t, acc, name);
+  TORCH_CHECK_VALUE(t.sizes() == acc.sizes(), "deltafx: ", name, " is ", t.sizes(),
+                    " but the accumulator is ", acc.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == acc.scalar_type(), "deltafx: ", name, " is ", t.scalar_type(),
+                   " but the accumulator is ", acc.scalar_type());
+  return feature_map(t, name);
+}
+
+bool in_vectors(const FeatureMap& map) {
+  return reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && map.ld % 8 == 0 && map.c % 8 == 0;
+}
+
 Mask mask_of(const Tensor& t, const FeatureMap& like, const char* name) {
   TORCH_CHECK_TYPE(t.scalar_type() == at::kBool, "deltafx: ", name, " must be bool, not ",
                    t.scalar_type());

@@ -21,6 +21,10 @@ DType dtype_of(const Tensor& t, const char* name);
 void check_dtype_on(const Tensor& t, DType dtype);
 // t: [N, C, H, W], channels_last or a channel slice of a channels_last tensor, fp32 / bf16 / fp16.
 FeatureMap feature_map(const Tensor& t, const char* name);
+// The same for what must have the sizes, type and device of an accumulator.
+FeatureMap map_like(const Tensor& t, const Tensor& acc, const char* name);
+// Whether the channels of a map in half precision lie in whole vectors of eight.
+bool in_vectors(const FeatureMap& map);
 // t: bool [n, h, w], contiguous, where `like` has n streams of h x w sites.
 Mask mask_of(const Tensor& t, const FeatureMap& like, const char* name);
 // acc, mask, counts (int64 [2]) and the truncation arguments. inv_scale: fp32 [C]; threshold: fp32,

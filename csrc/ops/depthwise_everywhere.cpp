@@ -11,11 +11,6 @@ namespace deltafx {
 #ifdef DELTAFX_CUDA
 namespace {
 
-// Whether its channels can be moved eight at a time.
-bool in_vectors(const FeatureMap& map) {
-  return reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && map.ld % 8 == 0 && map.c % 8 == 0;
-}
-
 void depthwise_everywhere(const Tensor& acc, const Tensor& x, const Tensor& weight,
                           const OptionalTensor& bias, at::IntArrayRef stride,
                           at::IntArrayRef padding, c10::string_view act,

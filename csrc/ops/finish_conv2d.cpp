@@ -12,24 +12,15 @@ namespace deltafx {
 #ifdef DELTAFX_CUDA
 namespace {
 
-FeatureMap like_acc(const Tensor& t, const Tensor& acc, const char* name) {
-  check_same_device(t, acc, name);
-  TORCH_CHECK_VALUE(t.sizes() == acc.sizes(), "deltafx: ", name, " is ", t.sizes(),
-                    " but the accumulator is ", acc.sizes());
-  TORCH_CHECK_TYPE(t.scalar_type() == acc.scalar_type(), "deltafx: ", name, " is ", t.scalar_type(),
-                   " but the accumulator is ", acc.scalar_type());
-  return feature_map(t, name);
-}
-
 void finish_conv2d(const Tensor& acc, const Tensor& not_finite, const Tensor& y,
                    const OptionalTensor& bias, const OptionalTensor& residual,
                    bool residual_after_act, c10::string_view act, c10::ArrayRef<double> act_params,
                    const OptionalTensor& act_weight) {
   cuda::FinishParams p{};
   p.acc = feature_map(acc, "acc");
-  p.y = like_acc(y, acc, "y");
+  p.y = map_like(y, acc, "y");
   p.bias = floats_of(bias, p.acc.c, acc, "bias");
-  if (residual.has_value()) p.residual = like_acc(*residual, acc, "residual");
+  if (residual.has_value()) p.residual = map_like(*residual, acc, "residual");
   p.residual_after_act = residual_after_act;
   p.act = activation_of(act, act_params, act_weight, p.acc.c);
   check_same_device(not_finite, acc, "not_finite");

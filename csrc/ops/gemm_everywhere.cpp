@@ -12,11 +12,9 @@ namespace deltafx {
 #ifdef DELTAFX_CUDA
 namespace {
 
-// Whether its channels can be moved eight at a time.
 void check_in_vectors(const FeatureMap& map, const char* name) {
-  TORCH_CHECK_VALUE(
-      reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && map.ld % 8 == 0 && map.c % 8 == 0,
-      "deltafx: the channels of ", name, " must lie in whole vectors of eight");
+  TORCH_CHECK_VALUE(in_vectors(map), "deltafx: the channels of ", name,
+                    " must lie in whole vectors of eight");
 }
 
 void gemm_everywhere(const Tensor& acc, const Tensor& x, const Tensor& weight,
@@ -56,12 +54,7 @@ void gemm_everywhere(const Tensor& acc, const Tensor& x, const Tensor& weight,
   }
   TORCH_CHECK_VALUE(fits, "deltafx: acc is ", acc.sizes(), " but x is ", x.sizes());
   if (residual.has_value()) {
-    check_same_device(*residual, acc, "residual");
-    TORCH_CHECK_VALUE(residual->sizes() == acc.sizes(), "deltafx: residual is ", residual->sizes(),
-                      " but the accumulator is ", acc.sizes());
-    TORCH_CHECK_TYPE(residual->scalar_type() == acc.scalar_type(), "deltafx: residual is ",
-                     residual->scalar_type(), " but the accumulator is ", acc.scalar_type());
-    p.residual = feature_map(*residual, "residual");
+    p.residual = map_like(*residual, acc, "residual");
     check_in_vectors(p.residual, "residual");
   }
   p.weight = weight.const_data_ptr();
