@@ -1,6 +1,7 @@
 #include "cuda/conv_hopper.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/launch.h"
 
@@ -84,6 +85,15 @@ Shares conv_hopper_shares(const GemmParams& p) {
   // Deep sums of many channels: two clusters would read all of the weights for the sites of one.
   if (tiling.cluster > 1 && tiling.clusters < wanted) return none;
   return Shares(p.out.acc, std::min(tiling.clusters, std::max(wanted, spare)));
+}
+
+bool conv_hopper_bears(const GemmParams& p, double wider) {
+  constexpr double kMargin = 2;
+  const HopperTiling tiling(p);
+  const auto rounds = [&](double margin) {
+    return std::ceil(expected_candidates(p.out.acc, margin) / (tiling.rows() * tiling.clusters));
+  };
+  return rounds(kMargin) <= rounds(std::max(0., kMargin - wider));
 }
 
 }  // namespace deltafx::cuda

@@ -177,13 +177,6 @@ struct ConvQuery {
     }
     return found;
   }
-  static __device__ uint64_t even_bytes(uint64_t low, uint64_t high) {
-    const uint32_t a =
-        __byte_perm(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), 0x6420);
-    const uint32_t b =
-        __byte_perm(static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32), 0x6420);
-    return a | static_cast<uint64_t>(b) << 32;
-  }
 };
 
 // Marks sites of which a thread wrote a group, and counts them. A site of several groups counts

@@ -114,11 +114,12 @@ class OwnCandidates {
 };
 
 // How many sites are expected to be candidates: where a twentieth of every picture changed, in a
-// box, with two sites more on each side.
-inline double expected_candidates(const FeatureMap& map) {
+// box, with `margin` sites more on each side.
+inline double expected_candidates(const FeatureMap& map, double margin = 2) {
   const double side = std::sqrt(0.05), h = static_cast<double>(map.h),
                w = static_cast<double>(map.w);
-  return static_cast<double>(map.n) * std::min(h, side * h + 4) * std::min(w, side * w + 4);
+  return static_cast<double>(map.n) * std::min(h, side * h + 2 * margin) *
+         std::min(w, side * w + 2 * margin);
 }
 
 }  // namespace deltafx::cuda
