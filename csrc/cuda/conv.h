@@ -92,8 +92,8 @@ struct ConvListLaunch {
 };
 cudaError_t list_conv(const ConvListLaunch& launch, cudaStream_t stream);
 
-// Whether a convolution goes by a list, and computes `wider` sites more on each side of what
-// changed in no more rounds of its blocks. Of p: out.acc, x, residual, geometry; no memory is
+// Whether a convolution goes by a list, and should rather compute `wider` sites more on each side
+// of what changed than have one of its own. Of p: out.acc, x, residual, geometry; no memory is
 // touched.
 bool conv_bears_list(const ConvParams& p, double wider);
 
