@@ -102,7 +102,8 @@ bool conv2d_bears_list(const Tensor& acc, const Tensor& x, const OptionalTensor&
                 groups,
                 false};
   check_conv_size(p);
-  const c10::cuda::CUDAGuard guard(device);
+  c10::cuda::OptionalCUDAGuard guard;
+  if (device.has_index()) guard.set_device(device);
   return cuda::conv_bears_list(p, wider);
 }
 
