@@ -141,7 +141,7 @@ def test_shared_lists_are_exact(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
         exact_over(net, compiled, clip(dtype)[2:5])
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_shared_lists_change_nothing(
     dtype: torch.dtype, graph: bool, monkeypatch: pytest.MonkeyPatch
