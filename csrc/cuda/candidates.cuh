@@ -83,6 +83,11 @@ __device__ __forceinline__ uint32_t bits_of(uint64_t bytes) {
   return static_cast<uint32_t>((bytes & 0x0101010101010101ull) * 0x0102040810204080ull >> 56);
 }
 
+// The same of two words.
+__device__ __forceinline__ uint32_t bits_of(uint2 bytes) {
+  return __dp4a(bytes.y, 0x80402010u, __dp4a(bytes.x, 0x08040201u, 0u));
+}
+
 // What makes an output site a candidate, where that is the site itself.
 struct SiteQuery {
   Mask mask;
