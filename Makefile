@@ -45,7 +45,8 @@ bench-gpu: build
 
 # Of CUDA's tools, each over a spread of the operators' tests; the caching allocator would hide
 # errors within its blocks.
-SANITIZED := bfloat16-65-random or (test_conv2d_features and random) or test_everywhere
+SANITIZED := bfloat16-65-random or (test_conv2d_features and random) or test_everywhere or \
+    test_lists_hold or (test_shared_lists_change and eager)
 sanitize: build
 	for tool in memcheck racecheck initcheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \

@@ -24,6 +24,7 @@ from deltafx.state import (
     StatePlan,
     acc_name,
     counts_name,
+    list_name,
     mask_name,
     place_name,
     scale_name,
@@ -65,6 +66,7 @@ class FrameProgram(nn.Module):
         held = torch.zeros_like(tensors[THRESHOLDS]) if thresholds is None else thresholds
         kept = {MASKS, COUNTS, SCALES, *instance.constants, *plan.workspaces}
         kept |= {acc_name(slot) for slot in plan.slots}
+        kept |= {list_name(i) for i in range(len(plan.lists))}
         buffers = {name: _copied(tensors[name]) for name in kept}
         # Not a count: AOTInductor folds a buffer of one value, though it is written to.
         phase = torch.arange(refresh_every) == (-age) % max(1, refresh_every)

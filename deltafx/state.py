@@ -54,6 +54,8 @@ class StatePlan:
         truncating: Names of those that truncate, with their channels, in the order of `thresholds`.
         workspaces: Shapes of fp32 buffers, by the name of their attribute.
         device: Of all tensors.
+        lists: On CUDA, int32s of each list of candidates. The first is every operator's in turn;
+            of the others `share_lists` says whose they are. None on the CPU.
     """
 
     slots: dict[str, Slot]
@@ -62,6 +64,7 @@ class StatePlan:
     truncating: dict[str, int]
     workspaces: dict[str, tuple[int, ...]]
     device: torch.device
+    lists: tuple[int, ...] = ()
 
     def first_sites(self) -> dict[str, int]:
         """Where each slot's mask begins in the arena of masks, by its name."""
@@ -80,7 +83,8 @@ class StatePlan:
         rows = 16 * len(self.nodes) + 4 * len(self.truncating)
         scales = 4 * sum(map(scale_room, self.truncating.values()))
         work = 4 * sum(math.prod(shape) for shape in self.workspaces.values())
-        return sum(self.bytes_by_slot().values()) + rows + scales + work
+        lists = 4 * sum(self.lists)
+        return sum(self.bytes_by_slot().values()) + rows + scales + work + lists
 
 
 MASKS, COUNTS, THRESHOLDS, SCALES = "masks", "counts", "thresholds_", "inv_scales"
@@ -127,6 +131,8 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
         first += scale_room(channels)
     for name, shape in plan.workspaces.items():
         made[name] = torch.zeros(shape, device=device)
+    for i, ints in enumerate(plan.lists):
+        made[list_name(i)] = torch.zeros(ints, dtype=torch.int32, device=device)
     lose_state(plan, made)
     return made
 
@@ -151,6 +157,14 @@ def lose_state(
 def mask_room(sites: int) -> int:
     """How many bytes a mask takes up: vectors of 16, so that each mask is aligned."""
     return -(-sites // 16) * 16
+
+
+def list_room(sites: int, streams: int) -> int:
+    """How many ints a list of up to so many candidates takes up, as the CUDA kernels lay it out.
+
+    Four begin it, and behind it there is one for each stream.
+    """
+    return 4 + sites + streams
 
 
 def scale_room(channels: int) -> int:
@@ -194,3 +208,8 @@ def threshold_name(node: str) -> str:
 def scale_name(node: str) -> str:
     """The attribute that holds the inverses of a node's channel scales."""
     return f"inv_scale_{node}"
+
+
+def list_name(i: int) -> str:
+    """The attribute that holds a list of candidates."""
+    return f"list_{i}"

@@ -5,8 +5,10 @@ Enters: the planned graph. Leaves: a new graph over the attributes of a state an
     conv2d(x=a, weight=w, act="relu")
     deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, const_n_weight, ..., threshold_n)
 
-The masks are cleared first. Dense calls read accumulators as ordinary tensors. What leaves the
-graph is copied where it is, or may show, an accumulator: the next frame must not change it.
+Where `share_lists` found several convolutions whose candidates are found at once, that is a call
+before the first of them. The masks are cleared first. Dense calls read accumulators as ordinary
+tensors. What leaves the graph is copied where it is, or may show, an accumulator: the next frame
+must not change it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from deltafx.ops import DeltaOp, delta_op, is_view
 from deltafx.ops.base import constant
 from deltafx.ops.views import slice_channels
 from deltafx.passes.context import Context
+from deltafx.passes.share_lists import FURTHER, LIST
 from deltafx.state import (
     COUNTS,
     MASKS,
     StatePlan,
     counts_name,
+    list_name,
     mask_name,
     place_name,
     scale_name,
@@ -71,6 +75,10 @@ class _Lowering:
         """The node that reads a delta node's feature map."""
         return self.attribute(place_name(self.plan, self.plan.places[node.name]))
 
+    def mask(self, node: fx.Node) -> fx.Node:
+        """The node that reads the update mask of a delta node."""
+        return self.attribute(mask_name(self.plan.places[node.name].slot))
+
     def read(self, node: fx.Node) -> fx.Node:
         """What a dense call reads for a node of the old graph."""
         if node.meta.get("delta"):
@@ -109,25 +117,46 @@ def lower_ops(gm: fx.GraphModule, context: Context) -> tuple[fx.Graph, dict[str,
 
 
 def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
-    place = lowering.plan.places[node.name]
     own: dict[str, Any] = {
         "acc": lowering.place(node),
-        "mask": lowering.attribute(mask_name(place.slot)),
+        "mask": lowering.mask(node),
         "counts": lowering.attribute(counts_name(node.name)),
         "inv_scale": None,
         "threshold": None,
         "policy": lowering.policy,
+        "memory": None,
+        "listed": LIST in node.meta,
     }
+    if lowering.plan.lists:
+        own["memory"] = lowering.attribute(list_name(node.meta.get(LIST, 0)))
     if node.meta["truncates"]:
         own["inv_scale"] = lowering.attribute(scale_name(node.name))
         own["threshold"] = lowering.attribute(threshold_name(node.name))
     if op.workspace is not None:
         own |= {k: lowering.attribute(f"{k}_{node.name}") for k in op.workspace(node)}
     own |= _given(lowering, node, op)
+    if FURTHER in node.meta:
+        _find_candidates(lowering, node, own)
     schema = op.operator._schema
     args = [own[a.name] if a.name in own else _absent(a) for a in schema.arguments]
     lowered = lowering.graph.call_function(op.operator, tuple(args))
     lowered.meta["lowered_from"] = node.name
+
+
+def _find_candidates(lowering: _Lowering, node: fx.Node, given: dict[str, Any]) -> None:
+    """The call that lists the candidates of a convolution and of those behind it."""
+    names = (
+        "memory", "counts", "x_mask", "residual_mask", "kernel", "stride", "padding", "dilation"
+    )  # fmt: skip
+    args: list[Any] = [given.get(name, _ABSENT.get(name)) for name in names]
+    for further in node.meta[FURTHER]:
+        args += [
+            lowering.attribute(list_name(further.node.meta[LIST])),
+            lowering.attribute(counts_name(further.node.name)),
+            None if further.source is None else lowering.mask(further.source),
+            further.stride,
+        ]
+    lowering.graph.call_function(torch.ops.deltafx.find_candidates.default, tuple(args))
 
 
 def _given(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> dict[str, Any]:
@@ -142,8 +171,7 @@ def _given(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> dict[str, Any]:
     for name, arg in kwargs.items():
         if isinstance(arg, fx.Node) and arg.meta.get("delta"):
             given[name] = lowering.place(arg)
-            slot = lowering.plan.places[arg.name].slot
-            given[f"{name}_mask"] = lowering.attribute(mask_name(slot))
+            given[f"{name}_mask"] = lowering.mask(arg)
         elif isinstance(arg, fx.Node):
             given[name] = lowering.read(arg)
         elif isinstance(arg, Tensor):

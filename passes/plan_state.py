@@ -23,7 +23,7 @@ from deltafx.ops.encode import encode
 from deltafx.ops.gather_channels import gather_channels
 from deltafx.ops.views import concat, slice_channels
 from deltafx.passes.context import Context, insert_call
-from deltafx.state import Place, Slot, StatePlan
+from deltafx.state import Place, Slot, StatePlan, list_room
 
 
 def plan_state(gm: fx.GraphModule, context: Context) -> int:
@@ -49,15 +49,23 @@ def plan_state(gm: fx.GraphModule, context: Context) -> int:
             for name, shape in op.workspace(node).items():
                 workspaces[f"{name}_{node.name}"] = shape
     operators = [n for n in gm.graph.nodes if n.meta.get("delta") and not is_view(n)]
+    device = value(operators[0]).device if operators else _device(gm)
     context.plan = StatePlan(
         slots=slots,
         places={node.name: place for node, place in places.items()},
         nodes=tuple(n.name for n in operators),
         truncating={n.name: _channels(n) for n in operators if n.meta["truncates"]},
         workspaces=workspaces,
-        device=value(operators[0]).device if operators else _device(gm),
+        device=device,
+        lists=_lists(slots) if device.type == "cuda" and operators else (),
     )
     return len(slots)
+
+
+def _lists(slots: dict[str, Slot]) -> tuple[int, ...]:
+    """One list that is long enough for every operator."""
+    sites = max(slot.sites for slot in slots.values())
+    return (list_room(sites, max(slot.shape[0] for slot in slots.values())),)
 
 
 def _room(node: fx.Node, channels: int) -> int:

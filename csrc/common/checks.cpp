@@ -72,6 +72,15 @@ void check_same_device(const Tensor& t, const Tensor& as, const char* name) {
                     " but the accumulator on ", as.device());
 }
 
+int32_t* ints_of(const Tensor& t, int64_t count, const Tensor& same_device, const char* name) {
+  check_same_device(t, same_device, name);
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kInt, "deltafx: ", name, " must be int32, not ",
+                   t.scalar_type());
+  TORCH_CHECK_VALUE(t.numel() >= count && t.is_contiguous(), "deltafx: ", name,
+                    " must be contiguous with ", count, " elements or more, not ", t.sizes());
+  return static_cast<int32_t*>(t.data_ptr());
+}
+
 const float* floats_of(const OptionalTensor& t, int64_t count, const Tensor& same_device,
                        const char* name) {
   if (!t.has_value()) return nullptr;

@@ -5,6 +5,15 @@
 
 namespace deltafx::cuda {
 
+// A NaN on either side is one in the result.
+__device__ __forceinline__ float max_of(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+  return a;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
 __device__ __forceinline__ float clamp_of(float v, float low, float high) {
   return v < low ? low : v > high ? high : v;
 }
@@ -105,19 +114,11 @@ struct FastActivation {
   __device__ void apply(const Activation& act, int c0, int count, float (&v)[kVector]) const {
     if (!is_clamp) return activate_any(act, c0, count, v);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = nan_min(nan_max(v[i], low), high);
+    for (int i = 0; i < kVector; ++i) v[i] = nan_min(max_of(v[i], low), high);
   }
 
  private:
   // A NaN stays one, as it does in torch and does not in fmaxf.
-  static __device__ float nan_max(float a, float b) {
-#if __CUDA_ARCH__ >= 800
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
-    return a;
-#else
-    return a < b ? b : a;
-#endif
-  }
   static __device__ float nan_min(float a, float b) {
 #if __CUDA_ARCH__ >= 800
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));

@@ -9,13 +9,16 @@ namespace {
 struct OperandQuery {
   Mask a, b;
 
-  static __device__ bool active(const Mask& mask, const Position& at) {
-    if (mask.data == nullptr) return false;
-    const int64_t n = mask.n > 1 ? at.n : 0;
-    const int64_t y = mask.h > 1 ? at.y : 0, x = mask.w > 1 ? at.x : 0;
-    return mask.data[(n * mask.h + y) * mask.w + x] != 0;
+  static __device__ uint32_t flags(const Mask& mask, const Position& at) {
+    if (mask.data == nullptr) return 0;
+    const int n = mask.n > 1 ? at.n : 0, y = mask.h > 1 ? at.y : 0;
+    const int row = n * static_cast<int>(mask.h) + y;
+    if (mask.w > 1) return bits_of(eight_bytes(mask, row, at.x));
+    return mask.data[row] != 0 ? (1u << kFlags) - 1 : 0;
   }
-  __device__ bool operator()(const Position& at) const { return active(a, at) || active(b, at); }
+  __device__ uint32_t flags(const Position& at, int count) const {
+    return (flags(a, at) | flags(b, at)) & ((1u << count) - 1);
+  }
 };
 
 __device__ __forceinline__ void load_operand(const Operand& operand, bool aligned, int n,
@@ -27,9 +30,6 @@ __device__ __forceinline__ void load_operand(const Operand& operand, bool aligne
 #pragma unroll
   for (int i = 1; i < kVector; ++i) v[i] = v[0];
 }
-
-// A NaN on either side is one in the result.
-__device__ __forceinline__ float max_of(float a, float b) { return a > b || a != a ? a : b; }
 
 struct Binary {
   Operand a, b;

@@ -69,9 +69,23 @@ __device__ __forceinline__ uint64_t eight_bytes(const Mask& mask, int row, int x
   return v;
 }
 
+// Bytes 0, 2, 4 and 6 of `low`, and then those of `high`.
+__device__ __forceinline__ uint64_t even_bytes(uint64_t low, uint64_t high) {
+  const uint32_t a =
+      __byte_perm(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), 0x6420);
+  const uint32_t b =
+      __byte_perm(static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32), 0x6420);
+  return a | static_cast<uint64_t>(b) << 32;
+}
+
 // Bit i: byte i is set. The bytes are 0 or 1.
 __device__ __forceinline__ uint32_t bits_of(uint64_t bytes) {
   return static_cast<uint32_t>((bytes & 0x0101010101010101ull) * 0x0102040810204080ull >> 56);
+}
+
+// The same of two words.
+__device__ __forceinline__ uint32_t bits_of(uint2 bytes) {
+  return __dp4a(bytes.y, 0x80402010u, __dp4a(bytes.x, 0x08040201u, 0u));
 }
 
 // What makes an output site a candidate, where that is the site itself.
@@ -109,14 +123,13 @@ struct SiteRuns {
         per_row((w + kFlags - 1) / kFlags),
         rows(h) {}
   __host__ __device__ int count() const { return size; }
-  // The first site of a run, as an index, and what the query says of the run.
-  template <class Query>
-  __device__ uint32_t flags(const Query& query, int run, int* site) const {
+  // The first site of a run, as an index and by its coordinates, and how many sites the run has.
+  __device__ int first(int run, Position* at, int* sites) const {
     const int row = per_row.divide(run), stream = rows.divide(row);
     const int x = (run - row * per_row.value) * kFlags;
-    *site = row * w + x;
-    const Position at{stream, row - stream * h, x};
-    return flags_of(query, at, min(kFlags, w - x), 0);
+    *at = {stream, row - stream * h, x};
+    *sites = min(kFlags, w - x);
+    return row * w + x;
   }
 };
 
@@ -142,32 +155,87 @@ __device__ __forceinline__ int sum_before(int value, int (&warps)[kThreads / 32]
   return before;
 }
 
-template <class Query>
+// A list that is made along with another over the same sites: of what that holds, and of the sites
+// where `mask` is set, at a multiple of `stride`, 1 or 2.
+struct FurtherList {
+  Mask mask;  // no data: none
+  int stride;
+  CandidateList list;
+
+  __device__ uint32_t flags(const Position& at, int count) const {
+    if (mask.data == nullptr) return 0;
+    const int row = at.n * static_cast<int>(mask.h) + at.y * stride, x = at.x * stride;
+    uint64_t bytes = eight_bytes(mask, row, x);
+    if (stride == 2) bytes = even_bytes(bytes, eight_bytes(mask, row, x + kFlags));
+    return bits_of(bytes) & ((1u << count) - 1);
+  }
+};
+template <int kCount>
+struct FurtherLists {
+  FurtherList lists[kCount];
+};
+template <>
+struct FurtherLists<0> {};
+
+// In each of the lists a block's sites stand together.
+template <class Query, int kFurther>
 __global__ void __launch_bounds__(kListThreads)
-    list_kernel(const __grid_constant__ Query query, SiteRuns runs, CandidateList list) {
-  __shared__ int warps[kListThreads / 32];
-  __shared__ int first;
+    list_kernel(const __grid_constant__ Query query, SiteRuns runs, CandidateList list,
+                const __grid_constant__ FurtherLists<kFurther> further) {
+  constexpr int kLists = 1 + kFurther;
+  __shared__ int warps[kLists][kListThreads / 32];
+  __shared__ int first[kLists];
   wait_for_inputs();
   const int run = static_cast<int>(blockIdx.x) * kListThreads + static_cast<int>(threadIdx.x);
-  int site = 0, total = 0;
-  uint32_t flags = run < runs.count() ? runs.flags(query, run, &site) : 0;
-  const int before = sum_before<kListThreads>(__popc(flags), warps, &total);
-  if (total == 0) return;
-  if (threadIdx.x == 0)
-    first =
-        static_cast<int>(atomicAdd(reinterpret_cast<Count*>(list.end), static_cast<Count>(total)));
+  int site = 0;
+  uint32_t flags[kLists] = {};
+  if (run < runs.count()) {
+    Position at;
+    int sites;
+    site = runs.first(run, &at, &sites);
+    flags[0] = flags_of(query, at, sites, 0);
+    if constexpr (kFurther > 0) {
+#pragma unroll
+      for (int i = 0; i < kFurther; ++i)
+        flags[1 + i] = flags[0] | further.lists[i].flags(at, sites);
+    }
+  }
+  int before[kLists], total[kLists], found = 0;
+#pragma unroll
+  for (int i = 0; i < kLists; ++i) {
+    before[i] = sum_before<kListThreads>(__popc(flags[i]), warps[i], &total[i]);
+    found |= total[i];
+  }
+  if (found == 0) return;
+  const auto list_number = [&](int i) -> const CandidateList& {
+    if constexpr (kFurther > 0) {
+      if (i > 0) return further.lists[i - 1].list;
+    }
+    return list;
+  };
+#pragma unroll
+  for (int i = 0; i < kLists; ++i)
+    if (static_cast<int>(threadIdx.x) == 32 * i && total[i] > 0)
+      first[i] = static_cast<int>(
+          atomicAdd(reinterpret_cast<Count*>(list_number(i).end), static_cast<Count>(total[i])));
   __syncthreads();
-  int32_t* to = list.entries + first + before;
-  for (; flags != 0; flags &= flags - 1) *to++ = site + __ffs(static_cast<int>(flags)) - 1;
+#pragma unroll
+  for (int i = 0; i < kLists; ++i) {
+    if (total[i] == 0) continue;
+    int32_t* to = list_number(i).entries + first[i] + before[i];
+    for (uint32_t left = flags[i]; left != 0; left &= left - 1)
+      *to++ = site + __ffs(static_cast<int>(left)) - 1;
+  }
 }
 
-// Appends the candidates of an op whose accumulator is `acc`.
-template <class Query>
+// Appends the candidates of an op whose accumulator is `acc`, and those of further lists.
+template <class Query, int kFurther = 0>
 cudaError_t list_candidates(const Query& query, const FeatureMap& acc, const CandidateList& list,
-                            cudaStream_t stream) {
+                            cudaStream_t stream, const FurtherLists<kFurther>& further = {}) {
   const SiteRuns runs(acc);
   const int blocks = (runs.count() + kListThreads - 1) / kListThreads;
-  return launch(list_kernel<Query>, {blocks, kListThreads}, stream, query, runs, list);
+  return launch(list_kernel<Query, kFurther>, {blocks, kListThreads}, stream, query, runs, list,
+                further);
 }
 
 }  // namespace deltafx::cuda

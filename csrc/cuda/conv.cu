@@ -46,7 +46,7 @@ GemmAxis gemm_axis(const Window& w, bool transposed, const PhaseAxis& phase) {
 }
 
 // Whether any output coordinate of an axis lacks a tap, over all phases.
-bool has_constant_sites(const ConvGeometry& g, const Window& w, int64_t in, int64_t out) {
+bool lacks_taps(const ConvGeometry& g, const Window& w, int64_t in, int64_t out) {
   const auto stride = static_cast<int>(w.stride);
   for (int64_t o = 0; o < out; ++o) {
     const int remainder = g.transposed ? static_cast<int>((o + w.pad) % stride) : 0;
@@ -55,6 +55,16 @@ bool has_constant_sites(const ConvGeometry& g, const Window& w, int64_t in, int6
     if (!has_tap(phase, static_cast<int>(first) + phase.offset, static_cast<int>(in))) return true;
   }
   return false;
+}
+
+// Whether there are sites that no input reaches, in a result of h x w.
+bool has_constant_sites(const ConvGeometry& g, const Mask& x, int64_t h, int64_t w) {
+  return lacks_taps(g, g.y, x.h, h) || lacks_taps(g, g.x, x.w, w);
+}
+
+// Whether each stream has an active site.
+cudaError_t find_streams(const Mask& x, int32_t* streams, cudaStream_t stream) {
+  return launch(stream_kernel, {static_cast<int>(x.n), 256}, stream, x, streams);
 }
 
 // How many blocks may share a tile's depth: so many that each still has some steps to pipeline.
@@ -106,6 +116,37 @@ cudaError_t run_phase(const GemmParams& p, const ConvLaunch& launch, cudaStream_
   return cudaErrorInvalidValue;
 }
 
+// All that is the same for each phase.
+GemmParams params_of(const ConvParams& c) {
+  GemmParams p{};
+  p.out = c.out;
+  p.act = c.act;
+  p.x = c.x;
+  p.x_mask = c.x_mask;
+  p.bias = c.bias;
+  p.residual = c.residual;
+  p.residual_mask = c.residual_mask;
+  p.residual_after_act = c.residual_after_act;
+  p.pre_scale = c.pre_scale;
+  p.pre_shift = c.pre_shift;
+  p.pre_act = c.pre_act;
+  p.acc_aligned = is_aligned(c.out.acc);
+  p.residual_aligned = is_aligned(c.residual);
+  p.w = Divisor(static_cast<int>(c.out.acc.w));
+  p.h = Divisor(static_cast<int>(c.out.acc.h));
+  p.sites = static_cast<int>(c.out.acc.sites());
+  return p;
+}
+
+void set_phase(GemmParams& p, const ConvGeometry& g, const Phase& phase) {
+  const DType dtype = p.out.acc.dtype;
+  p.y = gemm_axis(g.y, g.transposed, phase.y);
+  p.x_axis = gemm_axis(g.x, g.transposed, phase.x);
+  p.depth = static_cast<int>(phase.y.taps * phase.x.taps * packed_cin(g));
+  p.packed_depth = static_cast<int>(packed_depth(p.depth, dtype));
+  p.cluster = cluster_for(p.packed_depth / row_elements(dtype));
+}
+
 }  // namespace
 
 bool is_matrix_product(const ConvGeometry& g) { return g.groups == 1; }
@@ -140,57 +181,69 @@ int64_t packed_size(const ConvGeometry& g, DType dtype) {
                              : taps * (g.cin / g.groups) * g.cout);
 }
 
+int64_t conv_ints(int64_t sites, int64_t streams) { return list_ints(sites) + streams; }
+
 cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
   const ConvParams& c = launched.p;
   const ConvGeometry& g = c.geometry;
   const DType dtype = c.out.acc.dtype;
   const int64_t sites = c.out.acc.sites(), size = dtype == DType::f32 ? 4 : 2;
   int32_t* streams = nullptr;
-  if (has_constant_sites(g, g.y, c.x.h, c.out.acc.h) ||
-      has_constant_sites(g, g.x, c.x.w, c.out.acc.w)) {
+  if (!launched.listed && has_constant_sites(g, c.x_mask, c.out.acc.h, c.out.acc.w)) {
     streams = launched.memory + list_ints(sites);
-    const cudaError_t error =
-        launch(stream_kernel, {static_cast<int>(c.x.n), 256}, stream, c.x_mask, streams);
+    const cudaError_t error = find_streams(c.x_mask, streams, stream);
     if (error != cudaSuccess) return error;
   }
-  GemmParams p{};
-  p.out = c.out;
-  p.act = c.act;
-  p.x = c.x;
-  p.x_mask = c.x_mask;
-  p.bias = c.bias;
-  p.residual = c.residual;
-  p.residual_mask = c.residual_mask;
-  p.residual_after_act = c.residual_after_act;
-  p.pre_scale = c.pre_scale;
-  p.pre_shift = c.pre_shift;
-  p.pre_act = c.pre_act;
-  p.acc_aligned = is_aligned(c.out.acc);
-  p.residual_aligned = is_aligned(c.residual);
-  p.w = Divisor(static_cast<int>(c.out.acc.w));
-  p.h = Divisor(static_cast<int>(c.out.acc.h));
-  p.sites = static_cast<int>(sites);
+  GemmParams p = params_of(c);
   const std::vector<Phase> phases = conv_phases(g, dtype);
   const int parts = static_cast<int>(phases.size());
   for (int i = 0; i < parts; ++i) {
     const Phase& phase = phases[i];
+    set_phase(p, g, phase);
     p.weight = static_cast<const char*>(launched.weight) + phase.weights * size;
-    p.y = gemm_axis(g.y, g.transposed, phase.y);
-    p.x_axis = gemm_axis(g.x, g.transposed, phase.x);
-    p.depth = static_cast<int>(phase.y.taps * phase.x.taps * packed_cin(g));
-    p.packed_depth = static_cast<int>(packed_depth(p.depth, dtype));
-    p.cluster = cluster_for(p.packed_depth / row_elements(dtype));
     p.list = list_in(launched.memory, c.out.counts, i, parts);
-    p.shares = parts == 1 && streams == nullptr ? shares_of(p, launched) : Shares{};
+    const bool may_list = !launched.listed && parts == 1 && streams == nullptr;
+    p.shares = may_list ? shares_of(p, launched) : Shares{};
     p.lists_itself = p.shares.count > 0;
     cudaError_t error = cudaSuccess;
-    if (!p.lists_itself)
+    if (!p.lists_itself && !launched.listed)
       error = list_candidates(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, streams},
                               c.out.acc, p.list, stream);
     if (error == cudaSuccess) error = run_phase(p, launched, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+cudaError_t list_conv(const ConvListLaunch& l, cudaStream_t stream) {
+  const ConvGeometry& g = l.geometry;
+  FeatureMap map{};
+  map.n = l.x_mask.n, map.h = l.h, map.w = l.w;
+  int32_t* streams = nullptr;
+  if (has_constant_sites(g, l.x_mask, l.h, l.w)) {
+    streams = l.memory + list_ints(map.sites());
+    const cudaError_t error = find_streams(l.x_mask, streams, stream);
+    if (error != cudaSuccess) return error;
+  }
+  const ConvQuery query{l.x_mask, l.residual_mask, gemm_axis(g.y, false, phase_axis(g.y, false, 0)),
+                        gemm_axis(g.x, false, phase_axis(g.x, false, 0)), streams};
+  FurtherList lists[kFurtherLists];
+  for (int i = 0; i < l.further; ++i) {
+    const FurtherCandidates& other = l.others[i];
+    lists[i] = {other.mask, other.stride, list_in(other.memory, other.counts)};
+  }
+  const CandidateList own = list_in(l.memory, l.counts);
+  static_assert(kFurtherLists == 2);
+  return l.further == 1
+             ? list_candidates(query, map, own, stream, FurtherLists<1>{{lists[0]}})
+             : list_candidates(query, map, own, stream, FurtherLists<2>{{lists[0], lists[1]}});
+}
+
+bool conv_bears_list(const ConvParams& c, double wider) {
+  const ConvLaunch launch{c, nullptr, true, false, nullptr, false};
+  GemmParams p = params_of(c);
+  set_phase(p, c.geometry, conv_phases(c.geometry, c.out.acc.dtype)[0]);
+  return on_hopper(p, launch) && shares_of(p, launch).count == 0 && conv_hopper_bears(p, wider);
 }
 
 }  // namespace deltafx::cuda

@@ -63,8 +63,38 @@ struct ConvLaunch {
   const void* weight;  // packed
   bool allow_tf32;     // fp32 on tensor cores, with operands rounded to tf32
   bool plain;          // matrix products without what is new in Ampere, as on older GPUs
-  int32_t* memory;     // list_ints(sites of the accumulator) ints, and one a stream
+  int32_t* memory;     // conv_ints
+  bool listed;         // list_conv has left the candidates there
 };
 cudaError_t conv(const ConvLaunch& launch, cudaStream_t stream);
+// Of the memory of a convolution with so many output sites.
+int64_t conv_ints(int64_t sites, int64_t streams);
+
+// Candidates of another convolution over the same sites, listed along with one's own: those, and
+// the sites where `mask` is set, at a multiple of `stride`.
+struct FurtherCandidates {
+  Mask mask;  // no data: none
+  int stride;
+  int32_t* memory;  // conv_ints
+  int64_t* counts;
+};
+constexpr int kFurtherLists = 2;  // at most
+
+// The candidates of a convolution that is not transposed, and of others, in one launch.
+struct ConvListLaunch {
+  ConvGeometry geometry;  // its channels are not used
+  Mask x_mask, residual_mask;
+  int64_t h, w;     // of the result
+  int32_t* memory;  // conv_ints
+  int64_t* counts;
+  int further;
+  FurtherCandidates others[kFurtherLists];
+};
+cudaError_t list_conv(const ConvListLaunch& launch, cudaStream_t stream);
+
+// Whether a convolution goes by a list, and should rather compute `wider` sites more on each side
+// of what changed than have one of its own. Of p: out.acc, x, residual, geometry; no memory is
+// touched.
+bool conv_bears_list(const ConvParams& p, double wider);
 
 }  // namespace deltafx::cuda

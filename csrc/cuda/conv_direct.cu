@@ -99,7 +99,7 @@ cudaError_t launch_as(const GemmParams& p, int group_in, int group_out, cudaStre
   const Direct<T> f{p, group_in, group_out, is_aligned(p.x), weight_aligned};
   const bool done = p.residual.data != nullptr && p.residual_after_act;
   const Activation act = done ? Activation{Act::identity, {}, nullptr} : p.act;
-  return launch_sites_as<T>(p.out, act, p.list, f, stream);
+  return update_listed<T>(p.out, act, p.list, f, stream);
 }
 
 }  // namespace

@@ -86,4 +86,13 @@ Shares conv_hopper_shares(const GemmParams& p) {
   return Shares(p.out.acc, std::min(tiling.clusters, std::max(wanted, spare)));
 }
 
+bool conv_hopper_bears(const GemmParams& p, double wider) {
+  constexpr double kMargin = 2;
+  const HopperTiling tiling(p);
+  const double further = expected_candidates(p.out.acc, kMargin) -
+                         expected_candidates(p.out.acc, std::max(0., kMargin - wider));
+  // As timed on an H100: a list takes about 3 us, and blocks 5 to 7 for a tile each.
+  return further <= 0.3 * tiling.rows() * tiling.clusters;
+}
+
 }  // namespace deltafx::cuda

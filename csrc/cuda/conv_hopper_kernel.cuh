@@ -60,9 +60,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const char* weight =
       static_cast<const char*>(p.weight) +
       static_cast<int64_t>(first_column / kWeightRows) * steps * Traits::kBlockBytes;
+  const int part_bits = 31 - __clz(parts), share = block >> part_bits, rank = block & (parts - 1);
+  const bool lists_itself = p.lists_itself;
+  // A step's weights into its stage.
+  const auto load_weights = [&](int step, int to) {
+    const uint32_t barrier = shared_address(barriers + to);
+    expect_bytes(barrier, Traits::kBlockBytes);
+    copy_bulk(stages + to * Traits::kStageBytes + kRows * kRowBytes,
+              weight + step * Traits::kBlockBytes, Traits::kBlockBytes, barrier);
+  };
+  // The first steps' weights can be on their way as soon as it is known which those are: a share's
+  // tiles are always split. `early`: the first step for which they are not.
+  const int own_step = steps * rank >> part_bits, own_end = steps * (rank + 1) >> part_bits;
+  int early = lists_itself ? min(own_step + kStages - 1, own_end) : 0;
   if (tid == 0) {
     active = 0;
     for (uint64_t& barrier : barriers) init_barrier(shared_address(&barrier));
+    for (int step = own_step; step < early; ++step) load_weights(step, step - own_step);
     const int all = steps * Traits::kBlockBytes;
     const int each = (all / blocks + 15) / 16 * 16;  // that a block asks for
     const int bytes = min(each, all - block * each);
@@ -76,8 +90,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 
   // The cluster's tiles are those of its share, or every so many of the list. In a list, a guess at
   // the first tile's sites is read along with their number.
-  const int part_bits = 31 - __clz(parts), share = block >> part_bits, rank = block & (parts - 1);
-  const bool lists_itself = p.lists_itself;
   const int guess = share * kRows + tid;
   int size, first_entry = 0, entry = 0;
   OwnCandidates<kThreads> own;
@@ -90,20 +102,26 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     if (tid < kRows && first_entry + guess < p.sites) entry = p.list.entries[first_entry + guess];
     size = p.list.last() - first_entry;
   }
-  if (size == 0) return;
+  if (size == 0) {
+    // What was asked for must have come before the block's memory is another's.
+    if (tid == 0)
+      for (int step = own_step; step < early; ++step)
+        wait_for_barrier(shared_address(barriers + step - own_step), 0);
+    return;
+  }
 
   const int workers = lists_itself ? parts : blocks, clusters = workers >> part_bits;
   const int worker = lists_itself ? rank : block;
   const int tiles = (size + kRows - 1) / kRows;
-  // Tiles are split where the time, in steps of the slowest block, is shorter; 6 stands for the
-  // exchange.
+  // The tiles of a list are split where the time, in steps of the slowest block, is shorter; 6
+  // stands for the exchange.
   const auto rounds = [&](int among) {
     return ceilf(__fdividef(static_cast<float>(tiles), static_cast<float>(among)));
   };
-  const bool split = parts > 1 && rounds(clusters) * static_cast<float>((steps >> part_bits) + 6) <
-                                      rounds(workers) * static_cast<float>(steps);
-  const int first_step = split ? steps * rank >> part_bits : 0;
-  const int last_step = split ? steps * (rank + 1) >> part_bits : steps;
+  const bool split = parts > 1 && (lists_itself ||
+                                   rounds(clusters) * static_cast<float>((steps >> part_bits) + 6) <
+                                       rounds(workers) * static_cast<float>(steps));
+  const int first_step = split ? own_step : 0, last_step = split ? own_end : steps;
   const int c = first_column + lane % 4 * kVector;
   const int unit_bits = 31 - __clz(kThreads) - (split ? part_bits : 0);
   const int own_units = 1 << unit_bits;
@@ -137,14 +155,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     // The next step of depth into stage `to`.
     const auto load = [&](int to) {
       if (next < last_step) {
-        const uint32_t at = stages + to * Traits::kStageBytes;
-        if (tid == 0) {
-          const uint32_t barrier = shared_address(barriers + to);
-          expect_bytes(barrier, kColumns * kRowBytes);
-          copy_bulk(at + kRows * kRowBytes, weight + next * Traits::kBlockBytes,
-                    Traits::kBlockBytes, barrier);
-        }
-        gather.load(at);
+        if (tid == 0 && next >= early) load_weights(next, to);
+        gather.load(stages + to * Traits::kStageBytes);
       }
       ++next;
       commit_copies();
@@ -193,6 +205,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
     wait_for_products(sums);
+    early = 0;
     __syncthreads();
 
     // The sums: of a whole tile to this thread, of a split one to the block that finishes the unit,

@@ -62,6 +62,7 @@ struct ConvQuery {
   }
 
   __device__ uint32_t flags(Position at, int count) const {
+    if (is_small_window()) return small_window(at) & ((1u << count) - 1);
     uint32_t found = 0;
     if (y_axis.transposed || streams != nullptr || x_axis.stride > 2) {
 #pragma unroll 1
@@ -177,12 +178,56 @@ struct ConvQuery {
     }
     return found;
   }
-  static __device__ uint64_t even_bytes(uint64_t low, uint64_t high) {
-    const uint32_t a =
-        __byte_perm(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), 0x6420);
-    const uint32_t b =
-        __byte_perm(static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32), 0x6420);
-    return a | static_cast<uint64_t>(b) << 32;
+  // Windows of up to 3x3 neighbours, where a run's taps lie in three whole words of each row.
+  __device__ __forceinline__ bool is_small_window() const {
+    return y_axis.phase.taps <= 3 && x_axis.phase.taps <= 3 && y_axis.phase.step == 1 &&
+           x_axis.phase.step == 1 && x_axis.stride <= 2 && !y_axis.transposed &&
+           streams == nullptr && (x.w | reinterpret_cast<uintptr_t>(x.data)) % 8 == 0 &&
+           (residual.data == nullptr ||
+            (residual.w | reinterpret_cast<uintptr_t>(residual.data)) % 8 == 0);
+  }
+  // The flags of eight sites. All words are asked for together, and from then on a byte of the mask
+  // is a bit: 24 of them, of which tap 0 of the first site is number `left % 8`.
+  __device__ __forceinline__ uint32_t small_window(const Position& at) const {
+    constexpr int kRows = 3, kWords = 3;
+    const int h = static_cast<int>(x.h), w = static_cast<int>(x.w) >> 3;
+    const int top = at.y * y_axis.stride + y_axis.phase.offset;
+    const int left = at.x * x_axis.stride + x_axis.phase.offset, first = left >> 3;
+    const auto* from =
+        reinterpret_cast<const uint2*>(x.data) + static_cast<int64_t>(at.n * h + top) * w + first;
+    uint2 words[kRows][kWords], own = make_uint2(0, 0);
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const bool inside =
+          j < y_axis.phase.taps && static_cast<unsigned>(top + j) < static_cast<unsigned>(h);
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) {
+        words[j][k] = make_uint2(0, 0);
+        if (inside && static_cast<unsigned>(first + k) < static_cast<unsigned>(w))
+          words[j][k] = from[j * w + k];
+      }
+    }
+    if (residual.data != nullptr)
+      own = *reinterpret_cast<const uint2*>(
+          residual.data +
+          static_cast<int64_t>(at.n * static_cast<int>(residual.h) + at.y) * residual.w + at.x);
+    uint32_t bits = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+      const uint2 v = make_uint2(words[0][k].x | words[1][k].x | words[2][k].x,
+                                 words[0][k].y | words[1][k].y | words[2][k].y);
+      bits |= bits_of(v) << (8 * k);
+    }
+    bits >>= left & 7;
+    bits |= (x_axis.phase.taps > 1 ? bits >> 1 : 0) | (x_axis.phase.taps > 2 ? bits >> 2 : 0);
+    return (x_axis.stride == 2 ? even_bits(bits) : bits) | bits_of(own);
+  }
+  // Bit i of the lower byte: bit 2 * i.
+  static __device__ __forceinline__ uint32_t even_bits(uint32_t v) {
+    v &= 0x5555;
+    v = (v | v >> 1) & 0x3333;
+    v = (v | v >> 2) & 0x0f0f;
+    return (v | v >> 4) & 0xff;
   }
 };
 

@@ -211,36 +211,54 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The same for images in half precision whose rows are whole vectors, and squares of 8 or 16 sites
-// a side: a thread reads eight sites of a row at once, and a warp has a square, or four side by
-// side.
-constexpr int kImageChannels = 3, kImagePitch = 4, kSites = 8;
+// a side: a warp has a square, or four side by side, and reads both the frame and the accumulator
+// in vectors that lie next to each other. A vector of the accumulator is two sites; so that each
+// thread has the same of the frame, this goes through shared memory.
+constexpr int kImageChannels = 3, kImagePitch = 4, kSites = 2;
+
+// A vector into shared memory, zeros if not `valid`; it is there after arrive().
+__device__ __forceinline__ void copy_vector(uint4* to, const uint4* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+#else
+  *to = valid ? *from : make_uint4(0, 0, 0, 0);
+#endif
+}
+// All that the warp has copied.
+__device__ __forceinline__ void arrive() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+  __syncwarp();
+}
 
 template <class T>
-struct EightSites {
-  union Frame {
-    uint4 words[kImageChannels];
-    T elements[kSites][kImageChannels];
-    __device__ Frame() {}
-  } frame;
-  union Old {
-    uint4 words[kImagePitch / 2];
-    T elements[kSites / 2][kImagePitch];
-    uint2 sites[kSites / 2];
-    __device__ Old() {}
-  } old[2];  // of four sites each
+union TwoFrameSites {
+  uint32_t words[kImageChannels];
+  T elements[kSites][kImageChannels];
+  __device__ TwoFrameSites() {}
+};
 
-  __device__ bool differs(int site) const {
+template <class T>
+union TwoSites {
+  uint4 word;
+  T elements[kSites][kImagePitch];
+  uint2 sites[kSites];
+  __device__ TwoSites() {}
+
+  __device__ bool differs(const TwoFrameSites<T>& frame, int site) const {
     bool found = false;
 #pragma unroll
     for (int k = 0; k < kImageChannels; ++k)
-      found |=
-          !(to_float(frame.elements[site][k]) == to_float(old[site / 4].elements[site % 4][k]));
+      found |= !(to_float(frame.elements[site][k]) == to_float(elements[site][k]));
     return found;
   }
-  __device__ void take(int site) {
+  __device__ void take(const TwoFrameSites<T>& frame, int site) {
 #pragma unroll
-    for (int k = 0; k < kImageChannels; ++k)
-      old[site / 4].elements[site % 4][k] = frame.elements[site][k];
+    for (int k = 0; k < kImageChannels; ++k) elements[site][k] = frame.elements[site][k];
   }
 };
 
@@ -249,62 +267,99 @@ __global__ void __launch_bounds__(kThreads)
     image_kernel(const __grid_constant__ EncodeLaunch launched) {
   const EncodeParams& p = launched.p;
   const Divisor &rows = launched.rows, &columns = launched.columns;
-  constexpr int kAcross = 32 / kSquare, kEdge = kSquare / kSites;  // threads in a row; of a square
+  // Vectors in a row of the warp's sites: of the accumulator, of the frame. So many of each a
+  // thread.
+  constexpr int kAcross = 128 / kSquare, kFrameAcross = kAcross * 3 / 4;
+  constexpr int kPairs = kSquare * kAcross / 32, kVectors = kSquare * kFrameAcross / 32;
+  __shared__ uint4 staged[kThreads / 32][kVectors * 32];
   wait_for_inputs();
   const FeatureMap& acc = p.out.acc;
   const int h = static_cast<int>(acc.h), w = static_cast<int>(acc.w), lane = threadIdx.x % 32;
   const int index = static_cast<int>((blockIdx.x * kThreads + threadIdx.x) / 32);
   const int row_of_squares = columns.divide(index), n = rows.divide(row_of_squares);
-  const int y0 = (row_of_squares - n * rows.value) * kSquare, y = y0 + lane / kAcross;
-  const int x = ((index - row_of_squares * columns.value) * kAcross + lane % kAcross) * kSites;
-  const bool inside = n < acc.n && y < h && x < w;
+  const int y0 = (row_of_squares - n * rows.value) * kSquare;
+  const int x0 = (index - row_of_squares * columns.value) * kAcross * kSites;
+  const int height = n < acc.n ? min(kSquare, h - y0) : 0;
   const float t = *p.out.truncation.threshold;
+  auto& warp = staged[threadIdx.x / 32];
+  const T* const frame = frame_at<T>(p, {n, y0, x0});
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int row = (i * 32 + lane) / kFrameAcross, across = (i * 32 + lane) % kFrameAcross;
+    copy_vector(&warp[i * 32 + lane],
+                reinterpret_cast<const uint4*>(frame + row * p.stride_h) + across,
+                row < height && across * 8 < (w - x0) * kImageChannels);
+  }
+  // This thread's sites: two of every so many rows.
+  const int y = y0 + lane / kAcross, x = x0 + lane % kAcross * kSites;
   const int64_t first = (static_cast<int64_t>(n) * h + y) * w + x;
-  auto* row = reinterpret_cast<uint4*>(static_cast<T*>(acc.data) + first * kImagePitch);
-  EightSites<T> own;
+  const int down = 32 / kAcross * w;
+  auto* const to = reinterpret_cast<uint4*>(static_cast<T*>(acc.data) + first * kImagePitch);
+  const auto inside = [&](int i) { return y + 32 / kAcross * i < y0 + height && x < w; };
+  TwoSites<T> old[kPairs];
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i)
+    if (inside(i)) old[i].word = to[i * down / kSites];
+  float scale[kImageChannels];
+#pragma unroll
+  for (int k = 0; k < kImageChannels; ++k) scale[k] = p.out.truncation.inv_scale[k];
+  arrive();
+  // Read anew each time (and so volatile), as registers are few.
+  const volatile auto* own = reinterpret_cast<const uint32_t*>(warp) + lane * kImageChannels;
+  const auto frame_of = [&](int i) {
+    TwoFrameSites<T> sites;
+#pragma unroll
+    for (int k = 0; k < kImageChannels; ++k) sites.words[k] = own[i * 32 * kImageChannels + k];
+    return sites;
+  };
   float total = 0.f;
-  if (inside) {
-    const auto* frame = reinterpret_cast<const uint4*>(frame_at<T>(p, {n, y, x}));
 #pragma unroll
-    for (int i = 0; i < kImageChannels; ++i) own.frame.words[i] = frame[i];
+  for (int i = 0; i < kPairs; ++i) {
+    if (!inside(i)) continue;
+    const TwoFrameSites<T> sites = frame_of(i);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) own.old[i / 2].words[i % 2] = row[i];
+    for (int s = 0; s < kSites; ++s) {
 #pragma unroll
-    for (int k = 0; k < kImageChannels; ++k) {
-      const float scale = p.out.truncation.inv_scale[k];
-#pragma unroll
-      for (int i = 0; i < kSites; ++i) {
+      for (int k = 0; k < kImageChannels; ++k) {
         const float d =
-            (to_float(own.frame.elements[i][k]) - to_float(own.old[i / 4].elements[i % 4][k])) *
-            scale;
+            (to_float(sites.elements[s][k]) - to_float(old[i].elements[s][k])) * scale[k];
         total += d * d;
       }
     }
   }
 #pragma unroll
-  for (int step = 1; step < kEdge; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+  for (int step = 1; step < kSquare / kSites; step *= 2)
+    total += __shfl_xor_sync(kAllLanes, total, step);
 #pragma unroll
   for (int step = kAcross; step < 32; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
   int found = 0;
-  if (inside && t == 0.f) {
+  if (t == 0.f) {
 #pragma unroll
-    for (int i = 0; i < kSites; ++i) {
-      if (!own.differs(i)) continue;
-      own.take(i);
-      reinterpret_cast<uint2*>(row)[i] = own.old[i / 4].sites[i % 4];
-      p.out.mask.data[first + i] = 1;
-      ++found;
+    for (int i = 0; i < kPairs; ++i) {
+      if (!inside(i)) continue;
+      const TwoFrameSites<T> sites = frame_of(i);
+#pragma unroll
+      for (int s = 0; s < kSites; ++s) {
+        if (!old[i].differs(sites, s)) continue;
+        old[i].take(sites, s);
+        reinterpret_cast<uint2*>(to)[i * down + s] = old[i].sites[s];
+        p.out.mask.data[first + i * down + s] = 1;
+        ++found;
+      }
     }
-  } else if (inside) {
-    const int width = min(kSquare, w - x / kSquare * kSquare);
-    const int size = min(kSquare, h - y0) * width * kImageChannels;
+  } else {
+    const int size = height * min(kSquare, w - x / kSquare * kSquare) * kImageChannels;
     if (!(total <= t * t * static_cast<float>(size))) {
 #pragma unroll
-      for (int i = 0; i < kSites; ++i) own.take(i);
+      for (int i = 0; i < kPairs; ++i) {
+        if (!inside(i)) continue;
+        const TwoFrameSites<T> sites = frame_of(i);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) row[i] = own.old[i / 2].words[i % 2];
-      *reinterpret_cast<uint64_t*>(p.out.mask.data + first) = 0x0101010101010101ull;
-      found = kSites;
+        for (int s = 0; s < kSites; ++s) old[i].take(sites, s);
+        to[i * down / kSites] = old[i].word;
+        *reinterpret_cast<uint16_t*>(p.out.mask.data + first + i * down) = 0x0101;
+        found += kSites;
+      }
     }
   }
   count_sites(p.out, found);

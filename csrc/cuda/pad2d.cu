@@ -24,6 +24,7 @@ struct Pad {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) y[i] = value;
   }
+  bool reads_result() const { return true; }
   // The border is a candidate only where it is lost.
   __device__ bool operator()(const Position& at) const {
     const int64_t from = source(at);

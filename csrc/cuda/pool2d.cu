@@ -10,12 +10,7 @@ struct Range {
   int begin, end, divisor;
 };
 
-__device__ Range range_of(const PoolRule& r, int o) {
-  if (r.kernel == 0) {
-    const int begin = static_cast<int>(static_cast<int64_t>(o) * r.in / r.out);
-    const int end = static_cast<int>((static_cast<int64_t>(o + 1) * r.in + r.out - 1) / r.out);
-    return {begin, end, end - begin};
-  }
+__device__ Range window_of(const PoolRule& r, int o) {
   const int start = o * r.stride - r.pad;
   const int stop = min(start + (r.kernel - 1) * r.dilation + 1, r.in + r.pad);
   const int first =
@@ -25,14 +20,21 @@ __device__ Range range_of(const PoolRule& r, int o) {
   return {min(first, last), last, r.divisor != 0 ? r.divisor : own};
 }
 
-struct Pool {
-  FeatureMap acc, x;
+__device__ Range range_of(const PoolRule& r, int o) {
+  if (r.kernel != 0) return window_of(r, o);
+  const int begin = static_cast<int>(static_cast<int64_t>(o) * r.in / r.out);
+  const int end = static_cast<int>((static_cast<int64_t>(o + 1) * r.in + r.out - 1) / r.out);
+  return {begin, end, end - begin};
+}
+
+struct PoolQuery {
+  FeatureMap acc;
   Mask mask;
   PoolRule y_rule, x_rule;
-  bool aligned, maximum;
   bool windows;  // every window is one of a convolution, and none lies outside the input
   ConvQuery query;
 
+  bool reads_result() const { return !windows; }
   __device__ uint32_t flags(Position at, int count) const {
     if (windows) return query.flags(at, count);
     uint32_t found = 0;
@@ -49,6 +51,24 @@ struct Pool {
         found |= mask.data[(at.n * mask.h + iy) * mask.w + ix] != 0;
     return found;
   }
+};
+
+// A maximum keeps a NaN, as torch's does.
+__device__ __forceinline__ float combined(bool maximum, float a, float b) {
+  return maximum ? max_of(a, b) : a + b;
+}
+
+__device__ __forceinline__ void divide(const Range& ry, const Range& rx, float (&y)[kVector]) {
+  const bool empty = ry.begin >= ry.end || rx.begin >= rx.end;
+  const float divisor = empty ? 1.f : static_cast<float>(ry.divisor * rx.divisor);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) y[i] = __fdiv_rn(y[i], divisor);
+}
+
+struct Pool {
+  FeatureMap x;
+  PoolRule y_rule, x_rule;
+  bool aligned, maximum;
 
   __device__ void operator()(const Position& at, int, int c0, int count,
                              float (&y)[kVector]) const {
@@ -64,16 +84,11 @@ struct Pool {
         gather<__half>(at.n, ry, rx, c0, count, y);
         break;
     }
-    if (maximum) return;
-    const bool empty = ry.begin >= ry.end || rx.begin >= rx.end;
-    const float divisor = empty ? 1.f : static_cast<float>(ry.divisor * rx.divisor);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) y[i] = __fdiv_rn(y[i], divisor);
+    if (!maximum) divide(ry, rx, y);
   }
 
  private:
   // The maximum or the sum. Some sites are read ahead, as each takes as long as an item of work.
-  // A maximum keeps the first NaN it meets, as torch does.
   template <class T>
   __device__ void gather(int n, const Range& ry, const Range& rx, int c0, int count,
                          float (&y)[kVector]) const {
@@ -99,14 +114,59 @@ struct Pool {
       for (int k = 0; k < kAhead; ++k) {
         if (!inside[k]) break;
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          if (maximum)
-            y[i] = v[k][i] > y[i] || v[k][i] != v[k][i] ? v[k][i] : y[i];
-          else
-            y[i] += v[k][i];
+        for (int i = 0; i < kVector; ++i) y[i] = combined(maximum, y[i], v[k][i]);
+      }
+    }
+  }
+};
+
+// Windows of kTaps x kTaps in whole vectors of T. All that are read, of fp32 those of a row, are
+// asked for before the first is used.
+template <class T, int kTaps>
+struct SmallPool {
+  FeatureMap x;
+  PoolRule y_rule, x_rule;
+  bool maximum;
+
+  __device__ void operator()(const Position& at, int, int c0, int, float (&y)[kVector]) const {
+    constexpr int kRows = sizeof(T) == 2 ? kTaps : 1;
+    const int top = at.y * y_rule.stride - y_rule.pad, left = at.x * x_rule.stride - x_rule.pad;
+    const int w = static_cast<int>(x.w), ld = static_cast<int>(x.ld);
+    const int first = (at.n * static_cast<int>(x.h) + top) * w + left;
+    const T* const from = static_cast<const T*>(x.data) + (static_cast<int64_t>(first) * ld + c0);
+    const int right = x_rule.dilation * ld, down = y_rule.dilation * w * ld;
+    const auto inside = [](const PoolRule& rule, int first, int tap) {
+      return static_cast<unsigned>(first + tap * rule.dilation) < static_cast<unsigned>(rule.in);
+    };
+    bool columns[kTaps];
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) columns[k] = inside(x_rule, left, k);
+    const float start = maximum ? -INFINITY : 0.f;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) y[i] = start;
+#pragma unroll
+    for (int j0 = 0; j0 < kTaps; j0 += kRows) {
+      Packet<T> v[kRows][kTaps];
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+        for (int k = 0; k < kTaps; ++k) {
+          if (inside(y_rule, top, j0 + j) && columns[k])
+            v[j][k].load(from + ((j0 + j) * down + k * right));
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+        for (int k = 0; k < kTaps; ++k) {
+          if (!(inside(y_rule, top, j0 + j) && columns[k])) continue;
+#pragma unroll
+          for (int i = 0; i < kVector; ++i)
+            y[i] = combined(maximum, y[i], to_float(v[j][k].elements[i]));
         }
       }
     }
+    if (!maximum) divide(window_of(y_rule, at.y), window_of(x_rule, at.x), y);
   }
 };
 
@@ -124,14 +184,37 @@ bool are_windows(const PoolRule& r, int64_t out) {
   return true;
 }
 
+template <class T>
+cudaError_t pool_as(const PoolParams& p, const PoolRule& y, const PoolRule& x,
+                    const PoolQuery& query, int32_t* memory, cudaStream_t stream) {
+  const auto update = [&](const auto& f) {
+    return update_sites_as<T>(p.out, p.act, query, f, memory, stream);
+  };
+  constexpr int64_t kMost = 1 << 30;  // elements from the first row of a window to its last
+  const bool near = y.kernel * y.dilation * p.x.map.w * p.x.map.ld < kMost;
+  if (y.kernel == x.kernel && near && is_aligned(p.x.map) && p.x.map.dtype == p.out.acc.dtype) {
+    if (x.kernel == 3) return update(SmallPool<T, 3>{p.x.map, y, x, p.maximum});
+    if (x.kernel == 2) return update(SmallPool<T, 2>{p.x.map, y, x, p.maximum});
+  }
+  return update(Pool{p.x.map, y, x, is_aligned(p.x.map), p.maximum});
+}
+
 }  // namespace
 
 cudaError_t pool2d(const PoolParams& p, const PoolRule& y, const PoolRule& x, int32_t* memory,
                    cudaStream_t stream) {
   const bool windows = are_windows(y, p.out.acc.h) && are_windows(x, p.out.acc.w);
-  const ConvQuery query{p.x.mask, {}, axis_of(y), axis_of(x), nullptr};
-  const Pool f{p.out.acc, p.x.map, p.x.mask, y, x, is_aligned(p.x.map), p.maximum, windows, query};
-  return update_sites(p.out, p.act, f, f, memory, stream);
+  const PoolQuery query{p.out.acc, p.x.mask, y,
+                        x,         windows,  {p.x.mask, {}, axis_of(y), axis_of(x), nullptr}};
+  switch (p.out.acc.dtype) {
+    case DType::f32:
+      return pool_as<float>(p, y, x, query, memory, stream);
+    case DType::bf16:
+      return pool_as<__nv_bfloat16>(p, y, x, query, memory, stream);
+    case DType::f16:
+      return pool_as<__half>(p, y, x, query, memory, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace deltafx::cuda

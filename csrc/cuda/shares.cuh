@@ -46,6 +46,12 @@ struct Shares {
   }
 };
 
+// Whether a query has eight_sites(), for maps where a run is eight bytes of its masks.
+template <class Query, class = void>
+constexpr bool kHasWords = false;
+template <class Query>
+constexpr bool kHasWords<Query, std::void_t<decltype(&Query::eight_sites)>> = true;
+
 // What a thread of a block of kThreads knows of the candidates in the block's share.
 template <int kThreads>
 class OwnCandidates {
@@ -60,14 +66,17 @@ class OwnCandidates {
     __shared__ int warps[kThreads / 32];
     const int tid = static_cast<int>(threadIdx.x);
     flags_ = 0;
-    if (query.is_pointwise()) {
+    bool in_words = false;
+    if constexpr (kHasWords<Query>) in_words = query.is_pointwise();
+    if (in_words) {
       uint64_t bytes[kPasses];
 #pragma unroll
       for (int k = 0; k < kPasses; ++k) {
         int run;
         bytes[k] = 0;
         if (k * kThreads * shares.count >= shares.runs) continue;
-        if (shares.find(share, tid + k * kThreads, &run)) bytes[k] = query.eight_sites(run);
+        if constexpr (kHasWords<Query>)
+          if (shares.find(share, tid + k * kThreads, &run)) bytes[k] = query.eight_sites(run);
       }
 #pragma unroll
       for (int k = 0; k < kPasses; ++k)
@@ -80,7 +89,8 @@ class OwnCandidates {
         const int row = shares.per_row.divide(run), stream = shares.h.divide(row);
         const int x = (run - row * shares.per_row.value) * kFlags;
         const Position at{stream, row - stream * shares.h.value, x};
-        flags_ |= static_cast<Flags>(query.flags(at, min(kFlags, shares.w - x))) << (k * kFlags);
+        flags_ |= static_cast<Flags>(flags_of(query, at, min(kFlags, shares.w - x), 0))
+                  << (k * kFlags);
       }
     }
     before_ = sum_before<kThreads>(count_of(flags_), warps, &size_);
@@ -114,11 +124,12 @@ class OwnCandidates {
 };
 
 // How many sites are expected to be candidates: where a twentieth of every picture changed, in a
-// box, with two sites more on each side.
-inline double expected_candidates(const FeatureMap& map) {
+// box, with `margin` sites more on each side.
+inline double expected_candidates(const FeatureMap& map, double margin = 2) {
   const double side = std::sqrt(0.05), h = static_cast<double>(map.h),
                w = static_cast<double>(map.w);
-  return static_cast<double>(map.n) * std::min(h, side * h + 4) * std::min(w, side * w + 4);
+  return static_cast<double>(map.n) * std::min(h, side * h + 2 * margin) *
+         std::min(w, side * w + 2 * margin);
 }
 
 }  // namespace deltafx::cuda

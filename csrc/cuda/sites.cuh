@@ -2,95 +2,207 @@
 // with tensor cores. An op is a functor that gives eight channels of a site.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+
 #include "cuda/candidates.cuh"
+#include "cuda/shares.cuh"
 #include "cuda/update.cuh"
 
 namespace deltafx::cuda {
 
-constexpr int kSiteThreads = 256;
+constexpr int kSiteThreads = 256, kSiteBlocks = 3;  // of a multiprocessor
+constexpr int kListedSites = 1024;  // of its own candidates, that a block lists at a time
 
-// A piece of work is a site's next `lanes` * 8 channels, by `lanes` threads, 8 to 32; a site of
-// more than 256 channels is several pieces, so that few candidates still fill the device.
-// f(position, site, c0, count, y): y[0..count) = channels [c0, c0 + count), before the activation.
-template <class T, class F>
-__global__ void __launch_bounds__(kSiteThreads, 3)
-    sites_kernel(const __grid_constant__ Output out, const __grid_constant__ Activation act,
-                 bool aligned, CandidateList list, int lanes, const __grid_constant__ F f) {
-  __shared__ int active_total;
-  if (threadIdx.x == 0) active_total = 0;
-  wait_for_inputs();
-  const int first_entry = list.first(), size = list.last() - first_entry;
-  if (size == 0) return;
-  __syncthreads();
-  const FastActivation activation(act);
-  const int channels = static_cast<int>(out.acc.c), lane = threadIdx.x % lanes;
-  const int pieces = (channels + lanes * kVector - 1) / (lanes * kVector);
-  const int per_warp = 32 / lanes, work = size * pieces;
-  const int first = (blockIdx.x * kSiteThreads + threadIdx.x) / 32 * per_warp;
-  const int step = static_cast<int>(gridDim.x) * (kSiteThreads / 32) * per_warp;
-  int found = 0;
-  for (int i = first; i < work; i += step) {
-    const int own = i + static_cast<int>(threadIdx.x % 32) / lanes;
-    const bool valid = own < work;
-    const int entry = first_entry + (valid ? own / pieces : 0);
-    const int site = valid ? site_in(list.entries[entry]) : 0;
-    const Position at = position_of(site, static_cast<int>(out.acc.h), static_cast<int>(out.acc.w));
-    const int c0 = own % pieces * lanes * kVector + lane * kVector;
-    const int count = valid ? min(kVector, channels - c0) : 0;
-    float y[kVector] = {};
-    if (count > 0) {
-      f(at, site, c0, count, y);
-      activation.apply(act, c0, count, y);
+// In place of a query, where the candidates are in a list.
+struct Listed {};
+
+// Whether a query reads the accumulator, which other blocks of the same sites may have written.
+template <class Query>
+auto reads_result(const Query& query, int) -> decltype(query.reads_result()) {
+  return query.reads_result();
+}
+template <class Query>
+bool reads_result(const Query&, long) {
+  return false;
+}
+
+// `lanes` threads, 8 to 32, have lanes * 8 channels of a site; blocks along y, `columns` of them,
+// have the other channels.
+struct SiteLaunch {
+  Output out;
+  Activation act;
+  CandidateList list;
+  Shares shares;  // of which each block finds the candidates for itself, if there is no list
+  Divisor w, h;
+  bool aligned;  // the accumulator, for whole vectors
+  int lanes, columns;
+
+  SiteLaunch(const Output& output, const Activation& activation)
+      : out(output),
+        act(activation),
+        list{},
+        shares{},
+        w(static_cast<int>(output.acc.w)),
+        h(static_cast<int>(output.acc.h)),
+        aligned(is_aligned(output.acc)),
+        lanes(output.acc.c <= 64    ? 8
+              : output.acc.c <= 128 ? 16
+                                    : 32),
+        columns(static_cast<int>((output.acc.c + 32 * kVector - 1) / (32 * kVector))) {}
+
+  int per_block() const { return kSiteThreads / lanes; }  // sites at a time
+  // At most `a_multiprocessor` blocks for each of them.
+  int blocks(int a_multiprocessor) const {
+    return std::max(1, a_multiprocessor * current_device().multiprocessors / columns);
+  }
+  // Without a list, where a block's own candidates are about what it works on at a time: more are
+  // more even by a list. Not in a slice, whose mask others mark as well and may be the input's.
+  // Sites of several columns are counted in the mask, and written by one block while another looks.
+  template <class Query>
+  bool can_share(const Query& query) const {
+    return out.acc.ld == out.acc.c &&
+           (columns == 1 || (out.mask.in_words && !reads_result(query, 0))) &&
+           blocks(kSiteBlocks) * per_block() >= expected_candidates(out.acc);
+  }
+  // Marks a site, the list's `entry` if there is one; true: nobody else has in this launch.
+  template <bool kListsItself>
+  __device__ bool mark(int site, int entry) const {
+    uint8_t* mask = out.mask.data + site;
+    if (kListsItself && columns > 1) {
+      const auto address = reinterpret_cast<uintptr_t>(mask);
+      const unsigned bit = 1u << (address % 4 * 8);
+      return (atomicOr(reinterpret_cast<unsigned*>(address - address % 4), bit) & bit) == 0;
     }
-    const bool active = update_group<T>(out, aligned, site, c0, count, y) && valid;
-    const unsigned ballot = __ballot_sync(kAllLanes, active);
-    const unsigned own_lanes = (lanes == 32 ? kAllLanes : (1u << lanes) - 1)
-                               << (threadIdx.x % 32 / lanes * lanes);
-    if (!valid || lane != 0 || (ballot & own_lanes) == 0) continue;
-    out.mask.data[site] = 1;
-    // A site of several pieces counts once: whoever marks its entry first counts it.
-    if (pieces == 1 ||
-        !(atomicOr(reinterpret_cast<unsigned*>(list.entries) + entry, kActiveBit) & kActiveBit))
-      ++found;
+    *mask = 1;
+    return columns == 1 ||
+           (atomicOr(reinterpret_cast<unsigned*>(list.entries) + entry, kActiveBit) & kActiveBit) ==
+               0;
+  }
+};
+
+// f(position, site, c0, count, y): y[0..count) = channels [c0, c0 + count), before the activation;
+// y comes as zeros.
+template <class T, class Query, class F>
+__global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
+    sites_kernel(const __grid_constant__ SiteLaunch p, const __grid_constant__ Query query,
+                 const __grid_constant__ F f) {
+  constexpr bool kListsItself = !std::is_same_v<Query, Listed>;
+  __shared__ uint16_t listed[kListsItself ? kListedSites : 1];
+  __shared__ int active_total;
+  const int tid = static_cast<int>(threadIdx.x), share = static_cast<int>(blockIdx.x);
+  const int lane = tid % p.lanes, team = tid % 32 / p.lanes, per_warp = 32 / p.lanes;
+  const int c0 = (static_cast<int>(blockIdx.y) * p.lanes + lane) * kVector;
+  const int count = min(kVector, static_cast<int>(p.out.acc.c) - c0);
+  const bool compares = p.out.truncation.policy != Policy::none;
+  if (tid == 0) active_total = 0;
+  wait_for_inputs();
+  int size, first_entry = 0;
+  OwnCandidates<kSiteThreads> own;
+  if constexpr (kListsItself) {
+    own.find(query, p.shares, share);
+    size = own.size();
+    if (size > 0 && tid == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
+  } else {
+    first_entry = p.list.first();
+    size = p.list.last() - first_entry;
+  }
+  if (size == 0) return;
+  const FastActivation activation(p.act);
+  const int first = (kListsItself ? tid : share * kSiteThreads + tid) / 32 * per_warp;
+  const int blocks = kListsItself ? 1 : static_cast<int>(gridDim.x);  // that share a list
+  const int step = blocks * (kSiteThreads / 32) * per_warp;
+  const int at_a_time = kListsItself ? kListedSites : size;
+  int found = 0;
+#pragma unroll 1
+  for (int from = 0; from < size; from += at_a_time) {
+    if (from > 0) __syncthreads();
+    if constexpr (kListsItself) own.list(from, listed);
+    __syncthreads();
+    const int here = min(at_a_time, size - from);
+#pragma unroll 1
+    for (int i = first; i < here; i += step) {
+      const int entry = i + team;
+      const bool valid = entry < here && count > 0;
+      int site = 0;
+      if (valid)
+        site = kListsItself ? p.shares.site(share, listed[entry])
+                            : site_in(p.list.entries[first_entry + entry]);
+      T* const to = static_cast<T*>(p.out.acc.data) + site * p.out.acc.ld + c0;
+      float y[kVector] = {}, old[kVector] = {};
+      Packet<T> before;  // on its way while the op reads its inputs
+      if (valid) {
+        if (compares && p.aligned) before.load(to);
+        f(position_of(site, p.h, p.w), site, c0, count, y);
+        activation.apply(p.act, c0, count, y);
+        if (compares && p.aligned) {
+#pragma unroll
+          for (int k = 0; k < kVector; ++k) old[k] = to_float(before.elements[k]);
+        } else if (compares) {
+          load_vector(to, count, false, old);
+        }
+      }
+      round_to<T>(y, valid ? count : 0);
+      const GroupRule rule(p.out, c0, count);  // here, where registers are free for it
+      const bool active = rule.changed(y, old) && valid;
+      if (active) store_vector(to, count, p.aligned, y);
+      const unsigned ballot = __ballot_sync(kAllLanes, active) >> (team * p.lanes);
+      const bool any = (p.lanes == 32 ? ballot : ballot & ((1u << p.lanes) - 1)) != 0;
+      if (any && valid && lane == 0 && p.template mark<kListsItself>(site, first_entry + entry))
+        ++found;
+    }
   }
   if (found > 0) atomicAdd(&active_total, found);
   __syncthreads();
-  if (threadIdx.x == 0 && active_total > 0) add_to(out.counts + 1, active_total);
+  if (tid == 0 && active_total > 0) add_to(p.out.counts + 1, active_total);
 }
 
+template <class T, class Query, class F>
+cudaError_t launch_sites(const SiteLaunch& p, const Query& query, const F& f, int blocks,
+                         cudaStream_t stream) {
+  return launch(sites_kernel<T, Query, F>, {blocks, kSiteThreads, 0, 1, p.columns}, stream, p,
+                query, f);
+}
+
+// An op whose candidates are in a list.
 template <class T, class F>
-cudaError_t launch_sites_as(const Output& out, const Activation& act, const CandidateList& list,
-                            const F& f, cudaStream_t stream) {
-  const FeatureMap& acc = out.acc;
-  const int lanes = acc.c <= 64 ? 8 : acc.c <= 128 ? 16 : 32;
-  const int64_t per_block = kSiteThreads / lanes, pieces = (acc.c + 255) / 256;
-  const int64_t most = int64_t{8} * current_device().multiprocessors;
-  const int64_t needed = (acc.sites() * pieces + per_block - 1) / per_block;
-  const Grid grid{static_cast<int>(needed < most ? needed : most), kSiteThreads};
-  return launch(sites_kernel<T, F>, grid, stream, out, act, is_aligned(acc), list, lanes, f);
+cudaError_t update_listed(const Output& out, const Activation& act, const CandidateList& list,
+                          const F& f, cudaStream_t stream) {
+  constexpr int kBlocks = 8;  // of a multiprocessor, at most, so that none has much more to do
+  SiteLaunch p(out, act);
+  p.list = list;
+  const int64_t needed = (out.acc.sites() + p.per_block() - 1) / p.per_block();
+  return launch_sites<T>(p, Listed{}, f,
+                         static_cast<int>(std::min<int64_t>(needed, p.blocks(kBlocks))), stream);
 }
 
-template <class F>
-cudaError_t launch_sites(const Output& out, const Activation& act, const CandidateList& list,
-                         const F& f, cudaStream_t stream) {
-  switch (out.acc.dtype) {
-    case DType::f32:
-      return launch_sites_as<float>(out, act, list, f, stream);
-    case DType::bf16:
-      return launch_sites_as<__nv_bfloat16>(out, act, list, f, stream);
-    case DType::f16:
-      return launch_sites_as<__half>(out, act, list, f, stream);
+// All of an op: the candidates, by a list in `memory` unless the blocks find them, and their
+// update.
+template <class T, class Query, class F>
+cudaError_t update_sites_as(const Output& out, const Activation& act, const Query& query,
+                            const F& f, int32_t* memory, cudaStream_t stream) {
+  SiteLaunch p(out, act);
+  if (p.can_share(query)) {
+    p.shares = Shares(out.acc, p.blocks(kSiteBlocks));
+    return launch_sites<T>(p, query, f, p.shares.count, stream);
   }
-  return cudaErrorInvalidValue;
+  const CandidateList list = list_in(memory, out.counts);
+  const cudaError_t error = list_candidates(query, out.acc, list, stream);
+  return error != cudaSuccess ? error : update_listed<T>(out, act, list, f, stream);
 }
 
-// Both launches of an op: the list of its candidates, in `memory`, and their update.
 template <class Query, class F>
 cudaError_t update_sites(const Output& out, const Activation& act, const Query& query, const F& f,
                          int32_t* memory, cudaStream_t stream) {
-  const CandidateList list = list_in(memory, out.counts);
-  const cudaError_t error = list_candidates(query, out.acc, list, stream);
-  return error != cudaSuccess ? error : launch_sites(out, act, list, f, stream);
+  switch (out.acc.dtype) {
+    case DType::f32:
+      return update_sites_as<float>(out, act, query, f, memory, stream);
+    case DType::bf16:
+      return update_sites_as<__nv_bfloat16>(out, act, query, f, memory, stream);
+    case DType::f16:
+      return update_sites_as<__half>(out, act, query, f, memory, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace deltafx::cuda

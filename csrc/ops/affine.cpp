@@ -10,7 +10,8 @@ void affine(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
             const Tensor& x_mask, const OptionalTensor& scale, const OptionalTensor& shift,
             c10::string_view act, c10::ArrayRef<double> act_params,
             const OptionalTensor& act_weight, const OptionalTensor& inv_scale,
-            const OptionalTensor& threshold, c10::string_view policy) {
+            const OptionalTensor& threshold, c10::string_view policy,
+            const OptionalTensor& memory) {
   AffineParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
   check_dtype_on(acc, p.out.acc.dtype);
@@ -18,7 +19,7 @@ void affine(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
   p.x = input_like(x, x_mask, acc, true);
   p.scale = floats_of(scale, p.out.acc.c, acc, "scale");
   p.shift = floats_of(shift, p.out.acc.c, acc, "shift");
-  DELTAFX_RUN(affine, p, acc);
+  DELTAFX_RUN(affine, p, acc, memory);
 }
 
 }  // namespace

@@ -55,7 +55,8 @@ void binary(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
             const OptionalTensor& a_mask, const Tensor& b, const OptionalTensor& b_mask,
             c10::string_view op, c10::string_view act, c10::ArrayRef<double> act_params,
             const OptionalTensor& act_weight, const OptionalTensor& inv_scale,
-            const OptionalTensor& threshold, c10::string_view policy) {
+            const OptionalTensor& threshold, c10::string_view policy,
+            const OptionalTensor& memory) {
   BinaryParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
   check_dtype_on(acc, p.out.acc.dtype);
@@ -63,7 +64,7 @@ void binary(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
   p.a = operand_of(a, a_mask, acc, "a");
   p.b = operand_of(b, b_mask, acc, "b");
   p.op = op_of(op);
-  DELTAFX_RUN(binary, p, acc);
+  DELTAFX_RUN(binary, p, acc, memory);
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ void branch(const Tensor& state, at::TensorList masks, bool may_skip, double den
   cudaGraph_t graphs[2] = {};
   for (size_t i = 0; i < bodies.size(); ++i)
     graphs[i] = reinterpret_cast<cudaGraph_t>(bodies[i]);  // NOLINT: how torch hands graphs out
-  run_on_cuda(state, 0, [&](int32_t*, cudaStream_t stream) {
+  run_on_cuda(state, [&](cudaStream_t stream) {
     return cuda::branch(p, graphs, static_cast<int>(bodies.size()), stream);
   });
 }

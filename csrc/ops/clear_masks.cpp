@@ -32,7 +32,7 @@ void clear_masks_cpu(const Tensor& masks, const Tensor& counts) {
 #ifdef DELTAFX_CUDA
 void clear_masks_cuda(const Tensor& masks, const Tensor& counts) {
   check(masks, counts);
-  run_on_cuda(masks, 0, [&](int32_t*, cudaStream_t stream) {
+  run_on_cuda(masks, [&](cudaStream_t stream) {
     return cuda::clear_masks(static_cast<uint8_t*>(masks.data_ptr()), masks.numel(),
                              static_cast<int64_t*>(counts.data_ptr()), counts.size(0), stream);
   });

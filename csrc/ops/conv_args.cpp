@@ -61,7 +61,8 @@ void check_conv_size(const ConvParams& p) {
 #ifdef DELTAFX_CUDA
 namespace {
 
-void run_conv_on_cuda(const ConvParams& p, const Tensor& weight, const Tensor& acc, bool plain) {
+void run_conv_on_cuda(const ConvParams& p, const Tensor& weight, const Tensor& acc,
+                      const ConvRunning& running) {
   check_same_device(weight, acc, "weight");
   TORCH_CHECK_TYPE(weight.scalar_type() == acc.scalar_type(), "deltafx: weight is packed in ",
                    weight.scalar_type(), " but the accumulator is ", acc.scalar_type());
@@ -69,18 +70,23 @@ void run_conv_on_cuda(const ConvParams& p, const Tensor& weight, const Tensor& a
   TORCH_CHECK_VALUE(weight.numel() == size && weight.is_contiguous(),
                     "deltafx: weight must be packed, of ", size, " elements, not ", weight.sizes());
   const bool allow_tf32 = at::globalContext().allowTF32CuDNN();
-  run_on_cuda(acc, cuda::list_ints(p.out.acc.sites()) + p.out.acc.n,
+  run_on_cuda(acc, running.memory, cuda::conv_ints(p.out.acc.sites(), p.out.acc.n),
               [&](int32_t* memory, cudaStream_t stream) {
-                return cuda::conv({p, weight.const_data_ptr(), allow_tf32, plain, memory}, stream);
+                return cuda::conv(
+                    {p, weight.const_data_ptr(), allow_tf32, running.plain, memory, running.listed},
+                    stream);
               });
 }
 
 }  // namespace
 #endif
 
-void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc, [[maybe_unused]] bool plain) {
+void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc,
+              [[maybe_unused]] const ConvRunning& running) {
+  TORCH_CHECK_VALUE(!running.listed || running.memory.has_value(),
+                    "deltafx: a convolution whose candidates are listed needs the list as memory");
 #ifdef DELTAFX_CUDA
-  if (acc.is_cuda()) return run_conv_on_cuda(p, weight, acc, plain);
+  if (acc.is_cuda()) return run_conv_on_cuda(p, weight, acc, running);
 #endif
   p.weight = floats_of(weight, conv_weight_size(product_geometry(p)), acc, "weight");
   conv(p);

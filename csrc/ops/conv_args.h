@@ -30,10 +30,16 @@ ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Windo
                        int64_t groups, bool transposed);
 // Refuses an accumulator that is not of the size of an ordinary convolution's result.
 void check_conv_size(const ConvParams& p);
+// How a convolution is run on CUDA; the CPU's asks for nothing.
+struct ConvRunning {
+  bool plain = false;     // by the kernel of GPUs before Ampere on any GPU
+  OptionalTensor memory;  // see schema.h
+  bool listed = false;    // its candidates are in `memory`, and their number in its counts
+};
 // Runs it with a weight that was packed for the device of `acc`. fp32 on CUDA rounds its operands
-// to tf32 where torch.backends.cudnn.allow_tf32 lets the dense convolution do so. `plain`: by the
-// kernel of GPUs before Ampere on any GPU.
-void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc, bool plain = false);
+// to tf32 where torch.backends.cudnn.allow_tf32 lets the dense convolution do so.
+void run_conv(ConvParams& p, const Tensor& weight, const Tensor& acc,
+              const ConvRunning& running = {});
 
 #ifdef DELTAFX_CUDA
 // weight: [cout, cin / groups, kh, kw], transposed [cin, cout / groups, kh, kw], of the dtype of

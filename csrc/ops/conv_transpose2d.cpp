@@ -16,7 +16,7 @@ void conv_transpose2d(const Tensor& acc, const Tensor& mask, const Tensor& count
                       bool residual_after_act, c10::string_view act,
                       at::ArrayRef<double> act_params, const OptionalTensor& act_weight,
                       const OptionalTensor& inv_scale, const OptionalTensor& threshold,
-                      c10::string_view policy) {
+                      c10::string_view policy, const OptionalTensor& memory) {
   const Window wy = window_of(kernel, stride, padding, dilation, 0);
   const Window wx = window_of(kernel, stride, padding, dilation, 1);
   TORCH_CHECK_VALUE(output_padding.size() == 2 && output_padding[0] >= 0 && output_padding[1] >= 0,
@@ -32,7 +32,7 @@ void conv_transpose2d(const Tensor& acc, const Tensor& mask, const Tensor& count
   TORCH_CHECK_VALUE(p.out.acc.h == h && p.out.acc.w == w, "deltafx: the accumulator is ",
                     p.out.acc.h, " x ", p.out.acc.w, " but this transposed convolution of x gives ",
                     h, " x ", w);
-  run_conv(p, weight, acc, kPlain);
+  run_conv(p, weight, acc, {kPlain, memory});
 }
 
 }  // namespace

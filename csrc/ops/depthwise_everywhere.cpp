@@ -45,8 +45,7 @@ void depthwise_everywhere(const Tensor& acc, const Tensor& x, const Tensor& weig
   p.pad_y = static_cast<int>(padding[0]);
   p.pad_x = static_cast<int>(padding[1]);
   p.stride = static_cast<int>(stride[0]);
-  run_on_cuda(acc, 0,
-              [&](int32_t*, cudaStream_t stream) { return cuda::depthwise_everywhere(p, stream); });
+  run_on_cuda(acc, [&](cudaStream_t stream) { return cuda::depthwise_everywhere(p, stream); });
 }
 
 }  // namespace

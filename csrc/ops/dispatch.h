@@ -5,7 +5,7 @@
 #include "cpu/kernels.h"
 
 #ifdef DELTAFX_CUDA
-#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -14,14 +14,23 @@
 
 namespace deltafx {
 
-// launch(memory, stream), with `ints` ints of device memory, on acc's device and its current
-// stream.
+// launch(stream), on the device of `on` and its current stream.
 template <class Launch>
-void run_on_cuda(const Tensor& acc, int64_t ints, const Launch& launch) {
-  const c10::cuda::CUDAGuard guard(acc.device());
-  const Tensor memory = at::empty({ints}, acc.options().dtype(at::kInt));
-  C10_CUDA_CHECK(
-      launch(memory.mutable_data_ptr<int32_t>(), c10::cuda::getCurrentCUDAStream().stream()));
+void run_on_cuda(const Tensor& on, const Launch& launch) {
+  const c10::cuda::CUDAGuard guard(on.device());
+  C10_CUDA_CHECK(launch(c10::cuda::getCurrentCUDAStream().stream()));
+}
+// launch(memory, stream), with `ints` ints of device memory or more: those of `given` or, where an
+// operator is called by itself, its own. Kernels may read what none of them has written yet, so
+// there is none that nobody ever wrote.
+template <class Launch>
+void run_on_cuda(const Tensor& acc, const OptionalTensor& given, int64_t ints,
+                 const Launch& launch) {
+  run_on_cuda(acc, [&](cudaStream_t stream) {
+    if (given.has_value()) return launch(ints_of(*given, ints, acc, "memory"), stream);
+    const Tensor own = at::zeros({ints}, acc.options().dtype(at::kInt));
+    return launch(own.mutable_data_ptr<int32_t>(), stream);
+  });
 }
 
 }  // namespace deltafx
@@ -30,16 +39,16 @@ void run_on_cuda(const Tensor& acc, int64_t ints, const Launch& launch) {
   TORCH_LIBRARY_IMPL(deltafx, CPU, m) { __VA_ARGS__; } \
   TORCH_LIBRARY_IMPL(deltafx, CUDA, m) { __VA_ARGS__; }
 // Runs op `name`, whose kernels take nothing but p.
-#define DELTAFX_RUN(name, p, acc)                                                               \
-  do {                                                                                          \
-    if ((acc).is_cuda())                                                                        \
-      return run_on_cuda(                                                                       \
-          acc, cuda::list_ints((p).out.acc.sites()),                                            \
-          [&](int32_t* memory, cudaStream_t stream) { return cuda::name(p, memory, stream); }); \
-    kernels().name(p);                                                                          \
+#define DELTAFX_RUN(name, p, acc, memory)                                                   \
+  do {                                                                                      \
+    if ((acc).is_cuda())                                                                    \
+      return run_on_cuda(                                                                   \
+          acc, memory, cuda::list_ints((p).out.acc.sites()),                                \
+          [&](int32_t* list, cudaStream_t stream) { return cuda::name(p, list, stream); }); \
+    kernels().name(p);                                                                      \
   } while (false)
 #else
 #define DELTAFX_IMPL(...) \
   TORCH_LIBRARY_IMPL(deltafx, CPU, m) { __VA_ARGS__; }
-#define DELTAFX_RUN(name, p, acc) kernels().name(p)
+#define DELTAFX_RUN(name, p, acc, memory) kernels().name(p)
 #endif

@@ -24,8 +24,7 @@ void encode(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
   check_dtype_on(acc, p.out.acc.dtype);
 #ifdef DELTAFX_CUDA
   if (acc.is_cuda())
-    return run_on_cuda(acc, 0,
-                       [&](int32_t*, cudaStream_t stream) { return cuda::encode(p, stream); });
+    return run_on_cuda(acc, [&](cudaStream_t stream) { return cuda::encode(p, stream); });
 #endif
   kernels().encode(p);
 }

@@ -28,8 +28,7 @@ void finish_conv2d(const Tensor& acc, const Tensor& not_finite, const Tensor& y,
                    "deltafx: not_finite must be one int32, not ", not_finite.sizes(), " of ",
                    not_finite.scalar_type());
   p.not_finite = static_cast<int32_t*>(not_finite.data_ptr());
-  run_on_cuda(acc, 0,
-              [&](int32_t*, cudaStream_t stream) { return cuda::finish_conv2d(p, stream); });
+  run_on_cuda(acc, [&](cudaStream_t stream) { return cuda::finish_conv2d(p, stream); });
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ void gather_channels(const Tensor& acc, const Tensor& mask, const Tensor& counts
                      const Tensor& x_mask, at::OptionalIntArrayRef index, c10::string_view act,
                      c10::ArrayRef<double> act_params, const OptionalTensor& act_weight,
                      const OptionalTensor& inv_scale, const OptionalTensor& threshold,
-                     c10::string_view policy) {
+                     c10::string_view policy, const OptionalTensor& memory) {
   GatherParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
   check_dtype_on(acc, p.out.acc.dtype);
@@ -27,7 +27,7 @@ void gather_channels(const Tensor& acc, const Tensor& mask, const Tensor& counts
       TORCH_CHECK_INDEX(i >= 0 && i < c, "deltafx: index ", i, " is not a channel of ", c);
     p.index = index->data();
   }
-  DELTAFX_RUN(gather_channels, p, acc);
+  DELTAFX_RUN(gather_channels, p, acc, memory);
 }
 
 }  // namespace

@@ -67,8 +67,7 @@ void gemm_everywhere(const Tensor& acc, const Tensor& x, const Tensor& weight,
   p.stride_x = static_cast<int>(stride[1]);
   p.pad_y = static_cast<int>(padding[0]);
   p.pad_x = static_cast<int>(padding[1]);
-  run_on_cuda(acc, 0,
-              [&](int32_t*, cudaStream_t stream) { return cuda::gemm_everywhere(p, stream); });
+  run_on_cuda(acc, [&](cudaStream_t stream) { return cuda::gemm_everywhere(p, stream); });
 }
 
 }  // namespace

@@ -10,7 +10,8 @@ void global_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts,
                    const Tensor& partial, const Tensor& x, const Tensor& x_mask,
                    c10::string_view act, c10::ArrayRef<double> act_params,
                    const OptionalTensor& act_weight, const OptionalTensor& inv_scale,
-                   const OptionalTensor& threshold, c10::string_view policy) {
+                   const OptionalTensor& threshold, c10::string_view policy,
+                   const OptionalTensor& memory) {
   GlobalPoolParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
   check_dtype_on(acc, p.out.acc.dtype);
@@ -28,10 +29,9 @@ void global_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts,
   p.partial = static_cast<float*>(partial.data_ptr());
 #ifdef DELTAFX_CUDA
   if (acc.is_cuda())
-    return run_on_cuda(acc, cuda::list_ints(p.out.acc.sites()) + p.x.map.n * tiles,
-                       [&](int32_t* memory, cudaStream_t stream) {
-                         return cuda::global_pool2d(p, memory, stream);
-                       });
+    return run_on_cuda(
+        acc, memory, cuda::list_ints(p.out.acc.sites()) + p.x.map.n * tiles,
+        [&](int32_t* ints, cudaStream_t stream) { return cuda::global_pool2d(p, ints, stream); });
 #endif
   kernels().global_pool2d(p);
 }

@@ -10,7 +10,8 @@ void layer_norm(const Tensor& acc, const Tensor& mask, const Tensor& counts, con
                 const Tensor& x_mask, const OptionalTensor& weight, const OptionalTensor& bias,
                 double eps, c10::string_view act, c10::ArrayRef<double> act_params,
                 const OptionalTensor& act_weight, const OptionalTensor& inv_scale,
-                const OptionalTensor& threshold, c10::string_view policy) {
+                const OptionalTensor& threshold, c10::string_view policy,
+                const OptionalTensor& memory) {
   LayerNormParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
   check_dtype_on(acc, p.out.acc.dtype);
@@ -19,7 +20,7 @@ void layer_norm(const Tensor& acc, const Tensor& mask, const Tensor& counts, con
   p.weight = floats_of(weight, p.out.acc.c, acc, "weight");
   p.bias = floats_of(bias, p.out.acc.c, acc, "bias");
   p.eps = static_cast<float>(eps);
-  DELTAFX_RUN(layer_norm, p, acc);
+  DELTAFX_RUN(layer_norm, p, acc, memory);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace {
 
 void pad2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
            const Tensor& x_mask, at::IntArrayRef pad, double value, const OptionalTensor& inv_scale,
-           const OptionalTensor& threshold, c10::string_view policy) {
+           const OptionalTensor& threshold, c10::string_view policy, const OptionalTensor& memory) {
   PadParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
   check_dtype_on(acc, p.out.acc.dtype);
@@ -20,7 +20,7 @@ void pad2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Te
   p.left = pad[0];
   p.top = pad[2];
   p.value = static_cast<float>(value);
-  DELTAFX_RUN(pad2d, p, acc);
+  DELTAFX_RUN(pad2d, p, acc, memory);
 }
 
 }  // namespace

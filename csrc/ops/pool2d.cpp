@@ -54,11 +54,11 @@ cuda::PoolRule adaptive_rule(int64_t in, int64_t out) {
   return window_rule({0, 1, 0, 1}, in, out, false, 0);
 }
 
-void pool_on_cuda(const PoolParams& p, const Tensor& acc, const cuda::PoolRule& y,
-                  const cuda::PoolRule& x) {
-  run_on_cuda(acc, cuda::list_ints(p.out.acc.sites()), [&](int32_t* memory, cudaStream_t stream) {
-    return cuda::pool2d(p, y, x, memory, stream);
-  });
+void pool_on_cuda(const PoolParams& p, const Tensor& acc, const OptionalTensor& memory,
+                  const cuda::PoolRule& y, const cuda::PoolRule& x) {
+  run_on_cuda(
+      acc, memory, cuda::list_ints(p.out.acc.sites()),
+      [&](int32_t* list, cudaStream_t stream) { return cuda::pool2d(p, y, x, list, stream); });
 }
 #endif
 
@@ -82,7 +82,7 @@ void pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
             bool count_include_pad, std::optional<int64_t> divisor_override, c10::string_view act,
             c10::ArrayRef<double> act_params, const OptionalTensor& act_weight,
             const OptionalTensor& inv_scale, const OptionalTensor& threshold,
-            c10::string_view policy) {
+            c10::string_view policy, const OptionalTensor& memory) {
   PoolParams p = params_of(acc, mask, counts, x, x_mask, kind, act, act_params, act_weight,
                            inv_scale, threshold, policy);
   p.window_y = window_of(kernel, stride, padding, dilation, 0);
@@ -98,7 +98,7 @@ void pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
   const int64_t divisor = divisor_override.value_or(0);
   if (acc.is_cuda())
     return pool_on_cuda(
-        p, acc, window_rule(p.window_y, p.x.map.h, h, count_include_pad, divisor),
+        p, acc, memory, window_rule(p.window_y, p.x.map.h, h, count_include_pad, divisor),
         window_rule(p.window_x, p.x.map.w, w, count_include_pad, divisor == 0 ? 0 : 1));
 #endif
   int32_t* table = scratch_of<int32_t>(Scratch::tile, 3 * (h + w));
@@ -115,13 +115,13 @@ void adaptive_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts
                      const Tensor& x_mask, c10::string_view kind, c10::string_view act,
                      c10::ArrayRef<double> act_params, const OptionalTensor& act_weight,
                      const OptionalTensor& inv_scale, const OptionalTensor& threshold,
-                     c10::string_view policy) {
+                     c10::string_view policy, const OptionalTensor& memory) {
   PoolParams p = params_of(acc, mask, counts, x, x_mask, kind, act, act_params, act_weight,
                            inv_scale, threshold, policy);
   const int64_t h = p.out.acc.h, w = p.out.acc.w;
 #ifdef DELTAFX_CUDA
   if (acc.is_cuda())
-    return pool_on_cuda(p, acc, adaptive_rule(p.x.map.h, h), adaptive_rule(p.x.map.w, w));
+    return pool_on_cuda(p, acc, memory, adaptive_rule(p.x.map.h, h), adaptive_rule(p.x.map.w, w));
 #endif
   int32_t* table = scratch_of<int32_t>(Scratch::tile, 3 * (h + w));
   p.y = adaptive_axis(p.x.map.h, h, table);

@@ -52,7 +52,7 @@ void resize2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const
               std::optional<double> scale_h, std::optional<double> scale_w, c10::string_view act,
               c10::ArrayRef<double> act_params, const OptionalTensor& act_weight,
               const OptionalTensor& inv_scale, const OptionalTensor& threshold,
-              c10::string_view policy) {
+              c10::string_view policy, const OptionalTensor& memory) {
   ResizeParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
   check_dtype_on(acc, p.out.acc.dtype);
@@ -75,10 +75,10 @@ void resize2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const
           p.linear ? linear_step(in, out, align_corners, scale) : step_of(in, out, scale);
       return cuda::ResizeRule{static_cast<int>(in), static_cast<int>(out), sampling, step};
     };
-    return run_on_cuda(acc, cuda::list_ints(p.out.acc.sites()),
-                       [&](int32_t* memory, cudaStream_t stream) {
+    return run_on_cuda(acc, memory, cuda::list_ints(p.out.acc.sites()),
+                       [&](int32_t* list, cudaStream_t stream) {
                          return cuda::resize2d(p, rule(p.x.map.h, h, scale_h),
-                                               rule(p.x.map.w, w, scale_w), memory, stream);
+                                               rule(p.x.map.w, w, scale_w), list, stream);
                        });
   }
 #endif

@@ -6,9 +6,14 @@
 
 // The accumulator, update mask and counts that an op writes.
 #define DELTAFX_HEAD "Tensor(a!) acc, Tensor(b!) mask, Tensor(c!) counts, "
-// How it decides what to write, without and with a fused activation.
-#define DELTAFX_TRUNCATION "Tensor? inv_scale, Tensor? threshold, str policy) -> ()"
-#define DELTAFX_TAIL "str act, float[] act_params, Tensor? act_weight, " DELTAFX_TRUNCATION
+// How it decides what to write; and int32s for the list of its candidates, which are the kernels'
+// own from call to call on one stream: as many as StatePlan.lists says. An operator that is called
+// by itself may go without, and none takes any on the CPU.
+#define DELTAFX_RULE "Tensor? inv_scale, Tensor? threshold, str policy, Tensor(z!)? memory=None"
+// That as the last arguments, without and with a fused activation.
+#define DELTAFX_TRUNCATION DELTAFX_RULE ") -> ()"
+#define DELTAFX_ACTIVATION "str act, float[] act_params, Tensor? act_weight, "
+#define DELTAFX_TAIL DELTAFX_ACTIVATION DELTAFX_TRUNCATION
 
 namespace deltafx {
 

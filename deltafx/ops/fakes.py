@@ -69,6 +69,12 @@ def check_arena(masks: Tensor, counts: Tensor) -> None:
     torch._check(counts.dtype == torch.int64, lambda: f"counts must be int64, not {counts.dtype}")
 
 
+def check_list(memory: Tensor, counts: Tensor, *rest: Any) -> None:
+    """The fake of `find_candidates`: `memory` int32, `counts` int64 [2]."""
+    torch._check(memory.dtype == torch.int32, lambda: f"memory must be int32, not {memory.dtype}")
+    torch._check(counts.dtype == torch.int64, lambda: f"counts must be int64, not {counts.dtype}")
+
+
 def nothing(*args: Any) -> None:
     """The fake of what is for CUDA graphs alone: no passes and no exports see it."""
 
@@ -85,4 +91,5 @@ def register(library: torch.library.Library | None = None) -> None:
     for name in FOR_CUDA_GRAPHS:
         torch.library.register_fake(f"deltafx::{name}", nothing, lib=library)
     torch.library.register_fake("deltafx::clear_masks", check_arena, lib=library)
+    torch.library.register_fake("deltafx::find_candidates", check_list, lib=library)
     torch.library.register_fake("deltafx::pack_conv_weight", packed_weight, lib=library)

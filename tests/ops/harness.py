@@ -217,6 +217,8 @@ def opcheck(op: DeltaOp, kwargs: dict[str, Any], out_size: tuple[int, int], devi
         "inv_scale": torch.ones(channels, device=device),
         "threshold": torch.zeros(1, device=device),
         "policy": "rms",
+        "memory": None,
+        "listed": False,
     }
     names = [a.name for a in op.operator._schema.arguments]
     torch.library.opcheck(op.operator, tuple(arguments[name] for name in names))

@@ -3,7 +3,7 @@ import torch
 
 from deltafx.ops.activation import ACTIVATIONS
 from deltafx.ops.affine import OP
-from tests.ops.harness import CHANNELS, DTYPES, check, make_mask, opcheck, rotated, sweep
+from tests.ops.harness import CHANNELS, DTYPES, MASKS, check, make_mask, opcheck, rotated, sweep
 
 SIZES = ((1, 1), (7, 13), (4, 16), (5, 17))
 PARAMS = {
@@ -30,6 +30,16 @@ def test_scale_and_shift(dtype, channels, pattern, device):
         }
         mask = make_mask(pattern, 2, *size)
         check(OP, kwargs, {"x": mask}, mask, dtype, device, i)
+
+
+@pytest.mark.parametrize("pattern", MASKS)
+@pytest.mark.parametrize("channels", [256, 300, 1032])
+def test_many_channels(channels, pattern, device):
+    """Sites of several pieces, each found active by its own, are counted once."""
+    for size in SIZES:
+        mask = make_mask(pattern, 2, *size)
+        kwargs = {"x": torch.randn(2, channels, *size), "scale": torch.randn(channels)}
+        check(OP, kwargs, {"x": mask}, mask, torch.float32, device)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

@@ -166,3 +166,9 @@ def test_wrong_arguments(index, wrong, message):
     args[index] = wrong(args[index])
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.deltafx.conv2d(*args)
+
+
+def test_listed_candidates_need_their_list():
+    args, _ = Problem(Case(17, 33)).arguments()
+    with pytest.raises(ValueError, match="needs the list as memory"):
+        torch.ops.deltafx.conv2d(*args, listed=True)

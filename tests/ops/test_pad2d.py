@@ -26,12 +26,13 @@ def test_pad(dtype, channels, pattern, device):
 @pytest.mark.parametrize("pad", PADS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lost_state_writes_the_border(dtype, pad, device):
-    x = torch.randn(2, 17, 5, 7)
-    x[0, 2, 2, 3] = float("nan")
     mask = make_mask("full", 2, 5, 7)
     full = torch.ones_like(candidates_of(mask, pad))
-    kwargs = {"x": x, "pad": pad, "value": 1.5}
-    check(OP, kwargs, {"x": mask}, full, dtype, device, lost=True)
+    for channels in (17, 1032):
+        x = torch.randn(2, channels, 5, 7)
+        x[0, 2, 2, 3] = float("nan")
+        kwargs = {"x": x, "pad": pad, "value": 1.5}
+        check(OP, kwargs, {"x": mask}, full, dtype, device, lost=True)
 
 
 def test_opcheck(device):

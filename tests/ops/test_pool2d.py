@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from deltafx.ops.pool2d import OP
-from tests.ops.harness import DTYPES, check, make_mask, opcheck, rotated, sweep
+from tests.ops.harness import DTYPES, check, in_arena, make_mask, opcheck, rotated, sweep
 from tests.ops.reference import touching, windows
 
 # kernel, stride, padding, dilation, ceil_mode
@@ -52,6 +52,41 @@ def test_pool(dtype, channels, pattern, kind, device):
         found = candidates_of(x, mask, geometry)
         kwargs = arguments(kind, x, geometry, count_include_pad=i % 2 == 0)
         check(OP, kwargs, {"x": mask}, found, dtype, device, i)
+
+
+@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [64, 136, 520])
+def test_windows_of_whole_vectors(channels, dtype, kind, device):
+    """Rows of whole words and of others, strides of all kinds, sites of one and more pieces."""
+    for i, (kernel, stride, padding) in enumerate(
+        ((3, 2, 1), (3, 1, 1), (2, 2, 0), (2, 1, 1), (3, 2, 0), (3, 3, 1))
+    ):
+        geometry = ((kernel,) * 2, (stride,) * 2, (padding,) * 2, (1, 1), i % 2 == 1)
+        for pattern, size in (("random", (9, 24)), ("one", (6, 40)), ("full", (5, 13))):
+            x = torch.randn(2, channels, *size)
+            mask = make_mask(pattern, 2, *size)
+            found = candidates_of(x, mask, geometry)
+            check(OP, arguments(kind, x, geometry), {"x": mask}, found, dtype, device)
+
+
+def test_a_map_of_many_more_sites_than_threads(device):
+    """Every block has more than it works on, or lists, at a time."""
+    for streams, side in ((1, 1000), (8, 200)):
+        x = torch.randn(streams, 8, side, side)
+        full = make_mask("full", streams, side, side)
+        out = side // 2
+        acc = torch.zeros(streams, 8, out, out).contiguous(memory_format=torch.channels_last)
+        acc, mask = acc.to(device), in_arena(torch.zeros(streams, out, out, dtype=torch.bool))
+        mask, counts = mask.to(device), torch.zeros(2, dtype=torch.int64, device=device)
+        inputs = x.contiguous(memory_format=torch.channels_last).to(device), full.to(device)
+        window = [3, 3], [2, 2], [1, 1], [1, 1], True, None
+        OP.operator(
+            acc, mask, counts, *inputs, "max", *window, "identity", [], None, None, None, "rms"
+        )
+        assert torch.equal(acc.cpu(), torch.nn.functional.max_pool2d(x, 3, 2, 1))
+        assert bool(mask.all())
+        assert counts.tolist() == [streams * out * out] * 2
 
 
 @pytest.mark.parametrize("size", range(3, 12))
