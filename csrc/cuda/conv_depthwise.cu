@@ -168,12 +168,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   Weights<T, kTaps> weights(p, c0, works);
   float bias[kVector] = {};
   if (works && p.bias != nullptr) load_floats(p.bias + c0, kVector, bias);
+  OwnCandidates<kThreads> own(p.shares, share);
   wait_for_inputs();
   // The block's candidates: those of its share, or every so many of the list.
   int size, first_entry = 0, listed_from = 0;
-  OwnCandidates<kThreads> own;
   if (lists_itself) {
-    own.find(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr}, p.shares, share);
+    own.find(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr});
     size = own.size();
     if (size > 0 && tid == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
     own.list(0, listed);
@@ -202,7 +202,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   for (int begin = first; begin < size; begin += stride) {
     const int entry = begin + team, site = next;
     if (lists_itself && begin + 2 * stride > listed_from + kListed) {
-      __syncthreads();
       listed_from = begin + stride;
       own.list(listed_from, listed);
       __syncthreads();

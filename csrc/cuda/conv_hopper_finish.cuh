@@ -30,11 +30,24 @@ template <int kColumns>
 struct ColumnConstants {
   float bias[kColumns], scale[kColumns];
 
+  // They are there with the copies that the thread commits next.
   __device__ void load(const GemmParams& p, int first_column) {
     const int i = static_cast<int>(threadIdx.x), c = first_column + i;
     if (i >= kColumns || c >= p.out.acc.c) return;
-    bias[i] = p.bias != nullptr ? p.bias[c] : 0.f;
-    scale[i] = p.out.truncation.policy != Policy::none ? p.out.truncation.inv_scale[c] : 0.f;
+    load(p.bias != nullptr ? p.bias + c : nullptr, bias + i);
+    load(p.out.truncation.policy != Policy::none ? p.out.truncation.inv_scale + c : nullptr,
+         scale + i);
+  }
+
+ private:
+  static __device__ __forceinline__ void load(const float* from, float* to) {
+    if (from == nullptr)
+      *to = 0.f;
+    else
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                       static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                   "l"(from)
+                   : "memory");
   }
 };
 

@@ -12,9 +12,11 @@ struct HopperRow {
   int site;
 
   __device__ HopperRow() {}
-  __device__ HopperRow(const GemmParams& p, int site_or_none) : taps(0), site(site_or_none) {
+  __device__ HopperRow(const GemmParams& p, int site_or_none)
+      : HopperRow(p, site_or_none, position_of(max(site_or_none, 0), p.h, p.w)) {}
+  __device__ HopperRow(const GemmParams& p, int site_or_none, const Position& at)
+      : taps(0), site(site_or_none) {
     const int h = static_cast<int>(p.x.h), w = static_cast<int>(p.x.w);
-    const Position at = position_of(max(site, 0), p.h, p.w);
     int y = p.y.base(at.y), x = p.x_axis.base(at.x);
     from = ((at.n * h + y) * w + x) * static_cast<int>(p.x.ld);
     if (site < 0) return;
@@ -35,22 +37,30 @@ class HopperGather {
   static constexpr int kCopyRows = Traits::kThreads / 8, kOwnRows = Traits::kRows / kCopyRows;
 
  public:
-  __device__ HopperGather(const GemmParams& p, const HopperRow* rows, int first_step) : p_(p) {
+  __device__ explicit HopperGather(const GemmParams& p) : p_(p) {
     const int chunk = static_cast<int>(threadIdx.x) % 8, row = static_cast<int>(threadIdx.x) / 8;
     to_ = row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes);
-    const int channels = packed_channels(static_cast<int>(p.x.c));
-    channel_ = first_step * Traits::kDepth + chunk * kVector;
+  }
+
+  // Turns to a step of depth.
+  __device__ void begin(int step) {
+    const int channels = packed_channels(static_cast<int>(p_.x.c));
+    channel_ = step * Traits::kDepth + static_cast<int>(threadIdx.x) % 8 * kVector;
     tap_y_ = tap_x_ = 0;
     if (channel_ >= channels) {
       const int tap = channel_ / channels;
       channel_ -= tap * channels;
-      tap_y_ = tap / p.x_axis.phase.taps;
-      tap_x_ = tap - tap_y_ * p.x_axis.phase.taps;
+      tap_y_ = tap / p_.x_axis.phase.taps;
+      tap_x_ = tap - tap_y_ * p_.x_axis.phase.taps;
     }
     begin_tap();
+  }
+  // Turns to a tile.
+  __device__ void take(const HopperRow* rows) {
+    const int row = static_cast<int>(threadIdx.x) / 8;
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
-      from_[i] = static_cast<const T*>(p.x.data) + rows[row + i * kCopyRows].from;
+      from_[i] = static_cast<const T*>(p_.x.data) + rows[row + i * kCopyRows].from;
       taps_[i] = rows[row + i * kCopyRows].taps;
     }
   }

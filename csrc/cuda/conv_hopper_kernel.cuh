@@ -26,14 +26,15 @@ struct HopperTraits {
   static constexpr bool kImage = kImageInput;  // up to four channels, four apart
   static constexpr int kRows = 64, kColumns = 64, kThreads = 256, kStages = 4;
   static constexpr int kBlocksPerMultiprocessor = 2;
-  static constexpr int kListed = 512;  // candidates of its own that a block lists at a time
   static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
   static constexpr int kSums = kRows * kColumns / kThreads;  // of a thread
   static constexpr int kBlockBytes = kWeightRows * kRowBytes;
   static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
   static constexpr int kSharedBytes = 1024 + kStages * kStageBytes;
-  static_assert(kRows * kColumns * 4 <= kStages * kStageBytes, "sums reuse the stages");
-  static_assert(kListed % kRows == 0, "whole tiles are listed");
+  // The last step of a split tile is in stage 0, so that the sums of other blocks may come
+  // into the next one while its products are made.
+  static constexpr int kSumStage = 1;
+  static_assert(kRows * kColumns * 4 <= kStageBytes, "sums fit a stage");
 };
 
 template <class Traits>
@@ -48,7 +49,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   __shared__ int active;                      // sites that the block was the first to write
   __shared__ uint64_t barriers[kStages + 1];  // of the stages; of the sums from other blocks
   __shared__ HopperRow rows[kRows];
-  __shared__ uint16_t listed[Traits::kListed];
   __shared__ __align__(16) ColumnConstants<kColumns> constants;
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
@@ -69,14 +69,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     copy_bulk(stages + to * Traits::kStageBytes + kRows * kRowBytes,
               weight + step * Traits::kBlockBytes, Traits::kBlockBytes, barrier);
   };
+  static_assert((kStages & (kStages - 1)) == 0);
+  const auto wrap = [](int stage) { return stage & (kStages - 1); };
+  // The stage of a tile's first step, for so many of them.
+  const auto first_stage = [&](int count) { return wrap(1 - count); };
   // The first steps' weights can be on their way as soon as it is known which those are: a share's
   // tiles are always split. `early`: the first step for which they are not.
   const int own_step = steps * rank >> part_bits, own_end = steps * (rank + 1) >> part_bits;
-  int early = lists_itself ? min(own_step + kStages - 1, own_end) : 0;
+  const int early = lists_itself ? min(own_step + kStages - 1, own_end) : 0;
+  const auto early_stage = [&](int step) {
+    return wrap(first_stage(own_end - own_step) + step - own_step);
+  };
   if (tid == 0) {
     active = 0;
     for (uint64_t& barrier : barriers) init_barrier(shared_address(&barrier));
-    for (int step = own_step; step < early; ++step) load_weights(step, step - own_step);
+    publish_barriers();
+    for (int step = own_step; step < early; ++step) load_weights(step, early_stage(step));
     const int all = steps * Traits::kBlockBytes;
     const int each = (all / blocks + 15) / 16 * 16;  // that a block asks for
     const int bytes = min(each, all - block * each);
@@ -86,15 +94,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const FastActivation act(p.act);
   const float threshold =
       p.out.truncation.policy == Policy::none ? 0.f : *p.out.truncation.threshold;
+  HopperGather<Traits> gather(p);
+  gather.begin(lists_itself ? own_step : 0);
+  OwnCandidates<kThreads> own(p.shares, share);
   wait_for_inputs();
 
   // The cluster's tiles are those of its share, or every so many of the list. In a list, a guess at
   // the first tile's sites is read along with their number.
   const int guess = share * kRows + tid;
   int size, first_entry = 0, entry = 0;
-  OwnCandidates<kThreads> own;
   if (lists_itself) {
-    own.find(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr}, p.shares, share);
+    own.find(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr});
     size = own.size();
     if (size > 0 && tid == 0 && rank == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
   } else {
@@ -106,7 +116,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     // What was asked for must have come before the block's memory is another's.
     if (tid == 0)
       for (int step = own_step; step < early; ++step)
-        wait_for_barrier(shared_address(barriers + step - own_step), 0);
+        wait_for_barrier(shared_address(barriers + early_stage(step)), 0);
     return;
   }
 
@@ -126,46 +136,47 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const int unit_bits = 31 - __clz(kThreads) - (split ? part_bits : 0);
   const int own_units = 1 << unit_bits;
   const int first_unit = split ? rank * own_units : 0;
-  int stage = 0, exchanges = 0;
-  uint32_t parity = 0;
+  const int at_first = first_stage(last_step - first_step);
+  int exchanges = 0;
+  uint32_t phases = 0;  // of the stages' barriers, a bit each
+  bool first = true;
   SiteMarks marks;
 
 #pragma unroll 1
-  for (int tile = split ? worker >> part_bits : worker, listed_from = -Traits::kListed;
-       tile < tiles; tile += split ? clusters : workers) {
+  for (int tile = split ? worker >> part_bits : worker; tile < tiles;
+       tile += split ? clusters : workers, first = false) {
     const int first_row = tile * kRows;
-    fence_async();  // what was written to the stages' memory comes before the copies into it
+    // What was written to the stages' memory comes before the copies into it.
+    if (!first) fence_async();
     __syncthreads();
-    if (lists_itself && first_row >= listed_from + Traits::kListed) {
-      listed_from = first_row;
-      own.list(listed_from, listed);
-      __syncthreads();
-    }
-    if (tid < kRows) {
+    if (tid < kRows && (!lists_itself || first_row + tid >= size)) {
       const int i = first_row + tid;
       if (!lists_itself && i != guess && i < size) entry = p.list.entries[first_entry + i];
-      rows[tid] = HopperRow(p, i >= size      ? -1
-                               : lists_itself ? p.shares.site(share, listed[i - listed_from])
-                                              : site_in(entry));
+      rows[tid] = HopperRow(p, lists_itself || i >= size ? -1 : site_in(entry));
     }
+    if (lists_itself)
+      own.each(first_row, first_row + kRows, [&](int i, int j, int bit) {
+        Position at = own.place_of(j);
+        at.x += bit;
+        rows[i - first_row] = HopperRow(p, (at.n * p.h.value + at.y) * p.w.value + at.x, at);
+      });
     __syncthreads();
 
-    HopperGather<Traits> gather(p, rows, first_step);
+    if (!first || !lists_itself) gather.begin(first_step);
+    gather.take(rows);
     int next = first_step;
     // The next step of depth into stage `to`.
     const auto load = [&](int to) {
       if (next < last_step) {
-        if (tid == 0 && next >= early) load_weights(next, to);
+        if (tid == 0 && !(first && next < early)) load_weights(next, to);
         gather.load(stages + to * Traits::kStageBytes);
       }
       ++next;
       commit_copies();
     };
+    int stage = at_first;
 #pragma unroll 1
-    for (int i = 0, to = stage; i < kStages - 1; ++i) {
-      load(to);
-      to = to + 1 == kStages ? 0 : to + 1;
-    }
+    for (int i = 0; i < kStages - 1; ++i) load(wrap(stage + i));
 
     // Unit u of a tile: 16 channels of a row, 8 each of the threads u % 128 of both warp groups.
     const auto row_of = [&](int u) { return u % 128 / 32 * 16 + lane / 4 + u / 128 * 8; };
@@ -185,8 +196,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       wait_for_copies<kStages - 2>();
       // cp.async writes as the threads do, and was seen to need no fence before the products.
       wait_for_products(sums);
-      wait_for_barrier(shared_address(barriers + stage), parity);
+      wait_for_barrier(shared_address(barriers + stage), phases >> stage & 1);
+      phases ^= 1u << stage;
       __syncthreads();
+      if (split && step == last_step - 1) arrive_in_cluster();  // kSumStage is free
       if (step == part_end) {
 #pragma unroll
         for (int i = 0; i < Traits::kSums; ++i) total[i] += sums[i];
@@ -201,20 +214,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
                     !(fresh && k == 0));
       commit_products();
       fresh = false;
-      load(stage == 0 ? kStages - 1 : stage - 1);
-      if (++stage == kStages) stage = 0, parity ^= 1;
+      load(wrap(stage - 1));
+      stage = wrap(stage + 1);
     }
     wait_for_products(sums);
-    early = 0;
-    __syncthreads();
 
     // The sums: of a whole tile to this thread, of a split one to the block that finishes the unit,
     // which adds the blocks' sums up in their order.
-    auto* results = reinterpret_cast<float4*>(stage_memory);  // [from block][four of 16][unit]
+    constexpr int kSumsAt = Traits::kSumStage * Traits::kStageBytes;
+    auto* results =
+        reinterpret_cast<float4*>(stage_memory + kSumsAt);  // [from block][four of 16][unit]
     const uint32_t received = shared_address(barriers + kStages);
     if (split) {
       if (tid == 0) expect_bytes(received, kRows * kColumns * 4);
-      meet_in_cluster();  // all stages are free
+      wait_for_cluster();
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {  // four sums each, of both row halves of this group's 8 channels
@@ -225,7 +238,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       if (split) {
         const int to = u >> unit_bits,
                   at = ((rank * 4 + four) << unit_bits) + u - (to << unit_bits);
-        store_to_block(stages + at * 16, received, to, v);
+        store_to_block(stages + kSumsAt + at * 16, received, to, v);
       } else {
         results[(four << unit_bits) + u] = v;
       }

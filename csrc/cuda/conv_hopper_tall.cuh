@@ -133,6 +133,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   if (tid == 0) {
     active = 0;
     for (uint64_t& barrier : barriers) init_barrier(shared_address(&barrier));
+    publish_barriers();
     const int all = steps * Traits::kBlockBytes, shares = static_cast<int>(gridDim.x);
     const int share = (all / shares + 15) / 16 * 16;  // that this block asks for
     const int from = static_cast<int>(blockIdx.x) * share, bytes = min(share, all - from);
@@ -268,7 +269,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       const auto* results = reinterpret_cast<const float4*>(dynamic + (stages - unaligned));
       const uint32_t received = shared_address(barriers + kStages);
       if (tid == 0) expect_bytes(received, kRows * kColumns * 4);
-      meet_in_cluster();  // all stages are free
+      arrive_in_cluster();
+      wait_for_cluster();  // all stages are free
 #pragma unroll
       for (int k = 0; k < kUnits; ++k) {
         const int u = k * kThreads + tid, to = u >> unit_bits;
@@ -298,15 +300,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
         if (written && lane % 4 == 0)
           marks.set(p, units[0].site, first_entry + tile * kRows + split_row);
       }
+      load_tile += blocks;
+      if (load_tile >= tiles) break;
       fence_async();  // what was read of the stages' memory comes before the copies into it
       __syncthreads();
-      load_tile += blocks;
       load_slot = (load_slot + 1) % kTiles;
       load_step = first_step;
-      if (load_tile < tiles) {
-        gather.begin(rows[load_slot], first_step);
-        load_first();
-      }
+      gather.begin(rows[load_slot], first_step);
+      load_first();
     }
   }
   const int found = __reduce_add_sync(kAllLanes, marks.count());

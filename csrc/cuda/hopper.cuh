@@ -16,9 +16,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 
 __device__ __forceinline__ void init_barrier(uint32_t barrier) {
-  asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(barrier)
-      : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+// Between a thread's initialisations and their use, by the copy engine or other blocks too.
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -64,10 +66,12 @@ __device__ __forceinline__ void store_to_block(uint32_t address, uint32_t barrie
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(done)
       : "memory");
 }
-// Waits for all threads of the cluster; says nothing about what they wrote.
-__device__ __forceinline__ void meet_in_cluster() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+// Together they wait for all threads of the cluster; they say nothing about what those wrote.
+__device__ __forceinline__ void arrive_in_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // A tile of rows of 128 bytes, chunks swizzled: row r's chunk c of 16 bytes at c ^ (r % 8). The

@@ -52,75 +52,126 @@ constexpr bool kHasWords = false;
 template <class Query>
 constexpr bool kHasWords<Query, std::void_t<decltype(&Query::eight_sites)>> = true;
 
-// What a thread of a block of kThreads knows of the candidates in the block's share.
+// The candidates in the share of a block of kThreads. They are listed by their runs, for a thread
+// that would put down one site after the other takes longer than all else here.
 template <int kThreads>
 class OwnCandidates {
   static constexpr int kPasses = Shares::kRuns / kThreads;  // a thread has so many runs at most
+  // A run with candidates: how many sites of others stand before its, which of its sites are
+  // candidates, and its number in the share.
+  static constexpr int kBeforeBits = 13, kRunShift = kBeforeBits + kFlags;
+  static_assert(Shares::kRuns * kFlags <= 1 << kBeforeBits, "the last run's sites before it");
+  static_assert(Shares::kRuns <= 1 << (32 - kRunShift), "a run's number");
   using Flags = std::conditional_t<kPasses * kFlags <= 32, uint32_t, uint64_t>;
   static_assert(kPasses * kFlags <= 64, "a thread's flags are one word");
 
  public:
-  // Finds them; called by all threads.
+  // Nothing here depends on the kernel before this one.
+  __device__ __forceinline__ OwnCandidates(const Shares& shares, int share)
+      : shares_(shares), share_(share) {
+#pragma unroll
+    for (int k = 0; k < kPasses; ++k) {
+      const int j = static_cast<int>(threadIdx.x) + k * kThreads;
+      if (!shares.find(share, j, run_ + k)) run_[k] = -1;
+    }
+  }
+
+  // Finds them; called by all threads. Needs a barrier before anything is done with them.
   template <class Query>
-  __device__ __forceinline__ void find(const Query& query, const Shares& shares, int share) {
+  __device__ __forceinline__ void find(const Query& query) {
     __shared__ int warps[kThreads / 32];
-    const int tid = static_cast<int>(threadIdx.x);
-    flags_ = 0;
+    __shared__ uint32_t found[Shares::kRuns];
+    found_ = found;
+    uint32_t flags[kPasses];
     bool in_words = false;
     if constexpr (kHasWords<Query>) in_words = query.is_pointwise();
     if (in_words) {
       uint64_t bytes[kPasses];
 #pragma unroll
       for (int k = 0; k < kPasses; ++k) {
-        int run;
         bytes[k] = 0;
-        if (k * kThreads * shares.count >= shares.runs) continue;
         if constexpr (kHasWords<Query>)
-          if (shares.find(share, tid + k * kThreads, &run)) bytes[k] = query.eight_sites(run);
+          if (run_[k] >= 0) bytes[k] = query.eight_sites(run_[k]);
       }
 #pragma unroll
-      for (int k = 0; k < kPasses; ++k)
-        flags_ |= static_cast<Flags>(bits_of(bytes[k])) << (k * kFlags);
+      for (int k = 0; k < kPasses; ++k) flags[k] = bits_of(bytes[k]);
     } else {
+      Flags all = 0;
 #pragma unroll 1
-      for (int k = 0; k * kThreads * shares.count < shares.runs; ++k) {
+      for (int k = 0; k < kPasses && k * kThreads * shares_.count < shares_.runs; ++k) {
         int run;
-        if (!shares.find(share, tid + k * kThreads, &run)) continue;
-        const int row = shares.per_row.divide(run), stream = shares.h.divide(row);
-        const int x = (run - row * shares.per_row.value) * kFlags;
-        const Position at{stream, row - stream * shares.h.value, x};
-        flags_ |= static_cast<Flags>(flags_of(query, at, min(kFlags, shares.w - x), 0))
-                  << (k * kFlags);
+        if (!shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &run)) continue;
+        const Position at = first_of(run);
+        all |= static_cast<Flags>(flags_of(query, at, min(kFlags, shares_.w - at.x), 0))
+               << (k * kFlags);
       }
+#pragma unroll
+      for (int k = 0; k < kPasses; ++k) flags[k] = static_cast<uint32_t>(all >> (k * kFlags)) & 0xff;
     }
-    before_ = sum_before<kThreads>(count_of(flags_), warps, &size_);
+    int sites = 0, runs = 0;
+#pragma unroll
+    for (int k = 0; k < kPasses; ++k) {
+      sites += __popc(flags[k]);
+      runs += flags[k] != 0 ? 1 : 0;
+    }
+    int all;
+    const int before = sum_before<kThreads>(runs << 16 | sites, warps, &all);
+    size_ = all & 0xffff;
+    runs_ = all >> 16;
+    sites = before & 0xffff;
+    runs = before >> 16;
+#pragma unroll
+    for (int k = 0; k < kPasses; ++k) {
+      if (flags[k] == 0) continue;
+      const auto j = static_cast<uint32_t>(threadIdx.x) + k * kThreads;
+      found[runs++] = j << kRunShift | flags[k] << kBeforeBits | static_cast<uint32_t>(sites);
+      sites += __popc(flags[k]);
+    }
   }
   __device__ __forceinline__ int size() const { return size_; }
-  // Lists number `from` to from + kRoom; needs a barrier before they are read.
+
+  // use(i, j, bit) for each candidate: it is number i, from `from` up to `to`, and lies in the
+  // share's run j. Called by all threads; each takes some.
+  template <class Use>
+  __device__ __forceinline__ void each(int from, int to, const Use& use) const {
+    const int bit = static_cast<int>(threadIdx.x) % kFlags;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x) / kFlags; i < runs_; i += kThreads / kFlags) {
+      const uint32_t run = found_[i], flags = run >> kBeforeBits;
+      const int number = static_cast<int>(run & ((1u << kBeforeBits) - 1)) +
+                         __popc(flags & ((1u << bit) - 1));
+      if ((flags >> bit & 1) == 0 || number < from || number >= to) continue;
+      use(number, static_cast<int>(run >> kRunShift), bit);
+    }
+  }
+  // Lists number `from` to from + kRoom, as Shares::site takes them; needs a barrier before they
+  // are read.
   template <int kRoom>
   __device__ __forceinline__ void list(int from, uint16_t (&entries)[kRoom]) const {
-    int at = before_ - from;
-#pragma unroll 1
-    for (Flags flags = flags_; flags != 0; flags &= flags - 1, ++at) {
-      if (at < 0 || at >= kRoom) continue;
-      const int bit = first_of(flags);
-      const int run = static_cast<int>(threadIdx.x) + bit / kFlags * kThreads;
-      entries[at] = static_cast<uint16_t>(run * kFlags + bit % kFlags);
-    }
+    __syncthreads();
+    each(from, from + kRoom, [&](int i, int j, int bit) {
+      entries[i - from] = static_cast<uint16_t>(j * kFlags + bit);
+    });
+  }
+  // Where the first site of the share's run j lies.
+  __device__ __forceinline__ Position place_of(int j) const {
+    int run = 0;
+    shares_.find(share_, j, &run);
+    return first_of(run);
   }
 
  private:
-  static __device__ __forceinline__ int count_of(uint32_t v) { return __popc(v); }
-  static __device__ __forceinline__ int count_of(uint64_t v) { return __popcll(v); }
-  static __device__ __forceinline__ int first_of(uint32_t v) {
-    return __ffs(static_cast<int>(v)) - 1;
-  }
-  static __device__ __forceinline__ int first_of(uint64_t v) {
-    return __ffsll(static_cast<long long>(v)) - 1;
+  __device__ __forceinline__ Position first_of(int run) const {
+    const int row = shares_.per_row.divide(run), stream = shares_.h.divide(row);
+    return {stream, row - stream * shares_.h.value,
+            (run - row * shares_.per_row.value) * kFlags};
   }
 
-  Flags flags_;  // of each run eight
-  int before_, size_;
+  const Shares& shares_;
+  int share_;
+  int run_[kPasses];  // -1: there is none
+  const uint32_t* found_;
+  int size_, runs_;
 };
 
 // How many sites are expected to be candidates: where a twentieth of every picture changed, in a

@@ -96,11 +96,11 @@ __global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
   const int count = min(kVector, static_cast<int>(p.out.acc.c) - c0);
   const bool compares = p.out.truncation.policy != Policy::none;
   if (tid == 0) active_total = 0;
+  OwnCandidates<kSiteThreads> own(p.shares, share);
   wait_for_inputs();
   int size, first_entry = 0;
-  OwnCandidates<kSiteThreads> own;
   if constexpr (kListsItself) {
-    own.find(query, p.shares, share);
+    own.find(query);
     size = own.size();
     if (size > 0 && tid == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
   } else {
@@ -116,7 +116,6 @@ __global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
   int found = 0;
 #pragma unroll 1
   for (int from = 0; from < size; from += at_a_time) {
-    if (from > 0) __syncthreads();
     if constexpr (kListsItself) own.list(from, listed);
     __syncthreads();
     const int here = min(at_a_time, size - from);
