@@ -114,8 +114,9 @@ struct FastActivation {
   __device__ void apply(const Activation& act, int c0, int count, float (&v)[kVector]) const {
     if (!is_clamp) return activate_any(act, c0, count, v);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = nan_min(max_of(v[i], low), high);
+    for (int i = 0; i < kVector; ++i) v[i] = clamp(v[i]);
   }
+  __device__ __forceinline__ float clamp(float v) const { return nan_min(max_of(v, low), high); }
 
  private:
   // A NaN stays one, as it does in torch and does not in fmaxf.

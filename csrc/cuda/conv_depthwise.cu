@@ -154,7 +154,7 @@ class Weights {
 template <class T, int kLanes, int kTaps>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     depthwise_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ Teams teams) {
-  __shared__ uint16_t listed[kListed];
+  __shared__ int listed[kListed];
   constexpr bool kCompares = kLanes > 0;
   const FeatureMap& acc = p.out.acc;
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
   const auto site_of = [&](int entry) {
     if (!works || entry >= size) return -1;
-    return lists_itself ? p.shares.site(share, listed[entry - listed_from])
+    return lists_itself ? listed[entry - listed_from]
                         : site_in(p.list.entries[first_entry + entry]);
   };
   const int first = lists_itself ? 0 : share * teams.sites;

@@ -83,54 +83,71 @@ struct SiteUnit {
   }
 
   // Bias, residual, activation, update rule. Called by whole warps; true if the group was written.
-  // bias, scale: from channel c on.
+  // bias, scale: from channel c on. kTogether: of the two eights of channels, how many go through
+  // each step before the next, so that they do not wait for each other; both take more registers.
+  template <int kTogether>
   __device__ __forceinline__ bool finish(const GemmParams& p, const FastActivation& act,
                                          float threshold, int c, const float* bias,
                                          const float* scale, float (&y)[2 * kVector]) {
     const int channels = static_cast<int>(p.out.acc.c);
     const Policy policy = p.out.truncation.policy;
+    const bool adds = p.residual.data != nullptr;
     float total = 0.f;
     bool beyond = false;
     uint4 packed[2];
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      if (site < 0 || c + 32 * q >= channels) continue;
-      float v[kVector], w[kVector];
-      load_vector(bias + 32 * q, kVector, true, w);
+    for (int q0 = 0; q0 < 2; q0 += kTogether) {
+      float v[kTogether][kVector], w[kTogether][kVector];
+      // f(k, q): eight number k of those that go together is q of all.
+      const auto eights = [&](const auto& f) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) v[i] = y[q * kVector + i] + w[i];
-      const bool adds = p.residual.data != nullptr;
-      if (adds) unpack(residual[q], w);
-      if (adds && !p.residual_after_act) {
+        for (int k = 0; k < kTogether; ++k) f(k, q0 + k);
+      };
+      const auto each = [&](const auto& change) {
+        eights([&](int k, int) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) v[i] += w[i];
+          for (int i = 0; i < kVector; ++i) change(v[k][i], w[k][i]);
+        });
+      };
+      const auto inside = [&](int q) { return c + 32 * q < channels; };
+      eights([&](int k, int q) {
+        load_vector(bias + 32 * q, kVector, true, w[k]);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) v[k][i] = y[q * kVector + i] + w[k][i];
+      });
+      if (adds) {
+        eights([&](int k, int q) { unpack(residual[q], w[k]); });
+        if (!p.residual_after_act) each([](float& a, float b) { a += b; });
       }
-      act.apply(p.act, c + 32 * q, kVector, v);
-      if (adds && p.residual_after_act) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) v[i] += w[i];
-      }
-      packed[q] = {pack_two<T>(v[0], v[1]), pack_two<T>(v[2], v[3]), pack_two<T>(v[4], v[5]),
-                   pack_two<T>(v[6], v[7])};
+      if (act.is_clamp)
+        each([&](float& a, float) { a = act.clamp(a); });
+      else
+        eights([&](int k, int q) {
+          if (inside(q)) activate_any(p.act, c + 32 * q, kVector, v[k]);
+        });
+      if (adds && p.residual_after_act) each([](float& a, float b) { a += b; });
+      eights([&](int k, int q) {
+        packed[q] = {pack_two<T>(v[k][0], v[k][1]), pack_two<T>(v[k][2], v[k][3]),
+                     pack_two<T>(v[k][4], v[k][5]), pack_two<T>(v[k][6], v[k][7])};
+      });
       if (policy == Policy::none) continue;
-      unpack(packed[q], v);
-      unpack(old[q], w);
+      eights([&](int k, int q) { unpack(packed[q], v[k]), unpack(old[q], w[k]); });
       if (threshold == 0.f) {
+        eights([&](int k, int q) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) beyond |= !(v[i] == w[i]);
+          for (int i = 0; i < kVector; ++i) beyond |= inside(q) && !(v[k][i] == w[k][i]);
+        });
         continue;
       }
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) v[i] -= w[i];
-      load_vector(scale + 32 * q, kVector, true, w);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        v[i] *= w[i];
+      each([](float& a, float b) { a -= b; });
+      eights([&](int k, int q) { load_vector(scale + 32 * q, kVector, true, w[k]); });
+      each([](float& a, float b) { a *= b; });
+      eights([&](int k, int q) {
         if (policy == Policy::rms)
-          total += v[i] * v[i];
+          total += inside(q) ? sum_of_squares(v[k]) : 0.f;
         else
-          beyond |= !(fabsf(v[i]) <= threshold);
-      }
+          beyond |= inside(q) && !(largest(v[k]) <= threshold);
+      });
     }
     const int group = c / static_cast<int>(kTruncationGroup) * static_cast<int>(kTruncationGroup);
     bool changed = true;
@@ -161,7 +178,20 @@ struct SiteUnit {
                  : "l"(from));
     return v;
   }
-  static __device__ void unpack(const uint4& from, float (&v)[kVector]) {
+  static __device__ __forceinline__ float sum_of_squares(const float (&v)[kVector]) {
+    float sums[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] = fmaf(v[i], v[i], v[i + 4] * v[i + 4]);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+  // NaN, if there is one.
+  static __device__ __forceinline__ float largest(const float (&v)[kVector]) {
+    float most[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) most[i] = max_of(fabsf(v[i]), fabsf(v[i + 4]));
+    return max_of(max_of(most[0], most[1]), max_of(most[2], most[3]));
+  }
+  static __device__ __forceinline__ void unpack(const uint4& from, float (&v)[kVector]) {
     const uint32_t words[4] = {from.x, from.y, from.z, from.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -13,13 +13,14 @@ struct HopperRow {
 
   __device__ HopperRow() {}
   __device__ HopperRow(const GemmParams& p, int site_or_none)
-      : HopperRow(p, site_or_none, position_of(max(site_or_none, 0), p.h, p.w)) {}
-  __device__ HopperRow(const GemmParams& p, int site_or_none, const Position& at)
-      : taps(0), site(site_or_none) {
+      : HopperRow(p, max(site_or_none, 0), position_of(max(site_or_none, 0), p.h, p.w)) {
+    if (site_or_none < 0) *this = none();
+  }
+  __device__ HopperRow(const GemmParams& p, int own_site, const Position& at)
+      : taps(0), site(own_site) {
     const int h = static_cast<int>(p.x.h), w = static_cast<int>(p.x.w);
     int y = p.y.base(at.y), x = p.x_axis.base(at.x);
     from = ((at.n * h + y) * w + x) * static_cast<int>(p.x.ld);
-    if (site < 0) return;
     const int most = max(p.y.phase.taps, p.x_axis.phase.taps);
 #pragma unroll 1
     for (uint32_t bit = 1; bit < 1u << most; bit *= 2) {
@@ -27,6 +28,12 @@ struct HopperRow {
       if (static_cast<unsigned>(x) < static_cast<unsigned>(w)) taps |= bit << kMostTaps;
       y += p.y.phase.step, x += p.x_axis.phase.step;
     }
+  }
+  // A row without a site: nothing of it is read.
+  static __device__ HopperRow none() {
+    HopperRow row;
+    row.from = 0, row.taps = 0, row.site = -1;
+    return row;
   }
 };
 

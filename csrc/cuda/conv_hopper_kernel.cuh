@@ -149,17 +149,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     // What was written to the stages' memory comes before the copies into it.
     if (!first) fence_async();
     __syncthreads();
-    if (tid < kRows && (!lists_itself || first_row + tid >= size)) {
-      const int i = first_row + tid;
-      if (!lists_itself && i != guess && i < size) entry = p.list.entries[first_entry + i];
-      rows[tid] = HopperRow(p, lists_itself || i >= size ? -1 : site_in(entry));
-    }
-    if (lists_itself)
-      own.each(first_row, first_row + kRows, [&](int i, int j, int bit) {
-        Position at = own.place_of(j);
-        at.x += bit;
-        rows[i - first_row] = HopperRow(p, (at.n * p.h.value + at.y) * p.w.value + at.x, at);
+    if (lists_itself) {
+      if (tid < kRows && first_row + tid >= size) rows[tid] = HopperRow::none();
+      own.each(first_row, first_row + kRows, [&](int i, int row, int x) {
+        const int n = p.h.divide(row);
+        const Position at{n, row - n * p.h.value, x};
+        rows[i - first_row] = HopperRow(p, row * p.w.value + x, at);
       });
+    } else if (tid < kRows) {
+      const int i = first_row + tid;
+      if (i != guess && i < size) entry = p.list.entries[first_entry + i];
+      rows[tid] = HopperRow(p, i < size ? site_in(entry) : -1);
+    }
     __syncthreads();
 
     if (!first || !lists_itself) gather.begin(first_step);
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     }
     const int local = lane % 4 * kVector;
     const bool written =
-        unit.finish(p, act, threshold, c, constants.bias + local, constants.scale + local, y);
+        unit.template finish<2>(p, act, threshold, c, constants.bias + local, constants.scale + local, y);
     if (written && lane % 4 == 0) marks.set(p, unit.site, first_entry + first_row + own_row);
   }
   const int found = __reduce_add_sync(kAllLanes, marks.count());

@@ -16,17 +16,19 @@ namespace deltafx::cuda {
 
 struct Shares {
   static constexpr int kRuns = 1024;  // of a share, at most
+  static constexpr int kMostWidth = 1 << 14;  // of a map
 
   int count;
   int runs, w;  // of the map
   Divisor per_row, h;
 
   Shares() = default;
-  // wanted: how many there should be; more, where a block could not look at all of its share.
+  // wanted: how many there should be; more, where a block could not look at all of its share. None
+  // of a map that is too wide.
   Shares(const FeatureMap& map, int wanted)
       : w(static_cast<int>(map.w)), per_row((w + kFlags - 1) / kFlags), h(static_cast<int>(map.h)) {
     runs = static_cast<int>(map.n * map.h) * per_row.value;
-    count = std::max({1, std::min(wanted, runs), (runs + kRuns - 1) / kRuns});
+    count = w > kMostWidth ? 0 : std::max({1, std::min(wanted, runs), (runs + kRuns - 1) / kRuns});
   }
 
   // The index of run `j` of a share; false: it has no such run.
@@ -36,13 +38,6 @@ struct Shares {
     if (of_turn >= count) of_turn -= count;
     *run = j * count + of_turn;
     return *run < runs;
-  }
-  // The site that an entry of OwnCandidates::list stands for.
-  __device__ __forceinline__ int site(int share, int entry) const {
-    int run = 0;
-    find(share, entry / kFlags, &run);
-    const int row = per_row.divide(run);
-    return row * w + (run - row * per_row.value) * kFlags + entry % kFlags;
   }
 };
 
@@ -57,120 +52,132 @@ constexpr bool kHasWords<Query, std::void_t<decltype(&Query::eight_sites)>> = tr
 template <int kThreads>
 class OwnCandidates {
   static constexpr int kPasses = Shares::kRuns / kThreads;  // a thread has so many runs at most
-  // A run with candidates: how many sites of others stand before its, which of its sites are
-  // candidates, and its number in the share.
-  static constexpr int kBeforeBits = 13, kRunShift = kBeforeBits + kFlags;
-  static_assert(Shares::kRuns * kFlags <= 1 << kBeforeBits, "the last run's sites before it");
-  static_assert(Shares::kRuns <= 1 << (32 - kRunShift), "a run's number");
   using Flags = std::conditional_t<kPasses * kFlags <= 32, uint32_t, uint64_t>;
   static_assert(kPasses * kFlags <= 64, "a thread's flags are one word");
+
+  // A run with candidates, in a row y + n * h of the map.
+  struct Run {
+    static constexpr int kBeforeBits = 13, kXShift = kBeforeBits + kFlags;
+    static_assert(Shares::kRuns * kFlags <= 1 << kBeforeBits, "the last run's sites before it");
+    static_assert(Shares::kMostWidth / kFlags <= 1 << (32 - kXShift), "a run's number in its row");
+    int row;
+    uint32_t bits;  // its number in the row; its candidates; how many those of runs before are
+  };
 
  public:
   // Nothing here depends on the kernel before this one.
   __device__ __forceinline__ OwnCandidates(const Shares& shares, int share)
       : shares_(shares), share_(share) {
-#pragma unroll
-    for (int k = 0; k < kPasses; ++k) {
-      const int j = static_cast<int>(threadIdx.x) + k * kThreads;
-      if (!shares.find(share, j, run_ + k)) run_[k] = -1;
-    }
+    has_run_ = shares.find(share, static_cast<int>(threadIdx.x), &run_);
+    row_ = shares.per_row.divide(run_);
+    y_ = row_ - shares.h.divide(row_) * shares.h.value;
   }
 
   // Finds them; called by all threads. Needs a barrier before anything is done with them.
   template <class Query>
   __device__ __forceinline__ void find(const Query& query) {
     __shared__ int warps[kThreads / 32];
-    __shared__ uint32_t found[Shares::kRuns];
+    __shared__ Run found[Shares::kRuns];
     found_ = found;
-    uint32_t flags[kPasses];
+    const int passes = (shares_.runs + shares_.count * kThreads - 1) / (shares_.count * kThreads);
+    Flags all = 0;
     bool in_words = false;
     if constexpr (kHasWords<Query>) in_words = query.is_pointwise();
     if (in_words) {
-      uint64_t bytes[kPasses];
-#pragma unroll
-      for (int k = 0; k < kPasses; ++k) {
-        bytes[k] = 0;
-        if constexpr (kHasWords<Query>)
-          if (run_[k] >= 0) bytes[k] = query.eight_sites(run_[k]);
-      }
-#pragma unroll
-      for (int k = 0; k < kPasses; ++k) flags[k] = bits_of(bytes[k]);
+      if constexpr (kHasWords<Query>) all = passes == 1 ? words<1>(query) : words<kPasses>(query);
     } else {
-      Flags all = 0;
 #pragma unroll 1
-      for (int k = 0; k < kPasses && k * kThreads * shares_.count < shares_.runs; ++k) {
-        int run;
-        if (!shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &run)) continue;
-        const Position at = first_of(run);
+      for (int k = 0; k < passes; ++k) {
+        if (k > 0) turn_to(k);
+        if (!has_run_) continue;
+        const Position at{shares_.h.divide(row_), y_, x_of(run_, row_)};
         all |= static_cast<Flags>(flags_of(query, at, min(kFlags, shares_.w - at.x), 0))
                << (k * kFlags);
       }
-#pragma unroll
-      for (int k = 0; k < kPasses; ++k) flags[k] = static_cast<uint32_t>(all >> (k * kFlags)) & 0xff;
+      if (passes > 1) turn_to(0);
     }
-    int sites = 0, runs = 0;
-#pragma unroll
-    for (int k = 0; k < kPasses; ++k) {
-      sites += __popc(flags[k]);
-      runs += flags[k] != 0 ? 1 : 0;
-    }
-    int all;
-    const int before = sum_before<kThreads>(runs << 16 | sites, warps, &all);
-    size_ = all & 0xffff;
-    runs_ = all >> 16;
+    int sites = count_of(all), runs = 0;
+#pragma unroll 1
+    for (int k = 0; k < passes; ++k) runs += flags_in(all, k) != 0 ? 1 : 0;
+    int totals;
+    const int before = sum_before<kThreads>(runs << 16 | sites, warps, &totals);
+    size_ = totals & 0xffff;
+    runs_ = totals >> 16;
     sites = before & 0xffff;
     runs = before >> 16;
-#pragma unroll
-    for (int k = 0; k < kPasses; ++k) {
-      if (flags[k] == 0) continue;
-      const auto j = static_cast<uint32_t>(threadIdx.x) + k * kThreads;
-      found[runs++] = j << kRunShift | flags[k] << kBeforeBits | static_cast<uint32_t>(sites);
-      sites += __popc(flags[k]);
+#pragma unroll 1
+    for (int k = 0; k < passes; ++k) {
+      const uint32_t flags = flags_in(all, k);
+      if (flags == 0) continue;
+      if (k > 0) turn_to(k);
+      const int x = run_ - row_ * shares_.per_row.value;
+      found[runs++] = {row_, static_cast<uint32_t>(x) << Run::kXShift | flags << Run::kBeforeBits |
+                                 static_cast<uint32_t>(sites)};
+      sites += __popc(flags);
     }
   }
   __device__ __forceinline__ int size() const { return size_; }
 
-  // use(i, j, bit) for each candidate: it is number i, from `from` up to `to`, and lies in the
-  // share's run j. Called by all threads; each takes some.
+  // use(i, row, x) for each candidate: it is number i, from `from` up to `to`, and site x of the
+  // map's row y + n * h. Called by all threads; each takes some.
   template <class Use>
   __device__ __forceinline__ void each(int from, int to, const Use& use) const {
     const int bit = static_cast<int>(threadIdx.x) % kFlags;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x) / kFlags; i < runs_; i += kThreads / kFlags) {
-      const uint32_t run = found_[i], flags = run >> kBeforeBits;
-      const int number = static_cast<int>(run & ((1u << kBeforeBits) - 1)) +
+      const Run run = found_[i];
+      const uint32_t flags = run.bits >> Run::kBeforeBits;
+      const int number = static_cast<int>(run.bits & ((1u << Run::kBeforeBits) - 1)) +
                          __popc(flags & ((1u << bit) - 1));
       if ((flags >> bit & 1) == 0 || number < from || number >= to) continue;
-      use(number, static_cast<int>(run >> kRunShift), bit);
+      use(number, run.row, static_cast<int>(run.bits >> Run::kXShift) * kFlags + bit);
     }
   }
-  // Lists number `from` to from + kRoom, as Shares::site takes them; needs a barrier before they
-  // are read.
+  // Lists the sites of number `from` to from + kRoom; needs a barrier before they are read.
   template <int kRoom>
-  __device__ __forceinline__ void list(int from, uint16_t (&entries)[kRoom]) const {
+  __device__ __forceinline__ void list(int from, int (&sites)[kRoom]) const {
     __syncthreads();
-    each(from, from + kRoom, [&](int i, int j, int bit) {
-      entries[i - from] = static_cast<uint16_t>(j * kFlags + bit);
-    });
-  }
-  // Where the first site of the share's run j lies.
-  __device__ __forceinline__ Position place_of(int j) const {
-    int run = 0;
-    shares_.find(share_, j, &run);
-    return first_of(run);
+    each(from, from + kRoom,
+         [&](int i, int row, int x) { sites[i - from] = row * shares_.w + x; });
   }
 
  private:
-  __device__ __forceinline__ Position first_of(int run) const {
-    const int row = shares_.per_row.divide(run), stream = shares_.h.divide(row);
-    return {stream, row - stream * shares_.h.value,
-            (run - row * shares_.per_row.value) * kFlags};
+  __device__ __forceinline__ int x_of(int run, int row) const {
+    return (run - row * shares_.per_row.value) * kFlags;
   }
+  // To the thread's run of pass k.
+  __device__ __forceinline__ void turn_to(int k) {
+    has_run_ = shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &run_);
+    row_ = shares_.per_row.divide(run_);
+    y_ = row_ - shares_.h.divide(row_) * shares_.h.value;
+  }
+  template <int kUsed, class Query>
+  __device__ __forceinline__ Flags words(const Query& query) const {
+    uint64_t bytes[kUsed];
+#pragma unroll
+    for (int k = 0; k < kUsed; ++k) {
+      int run = run_;
+      const bool has_run =
+          k == 0 ? has_run_
+                 : shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &run);
+      bytes[k] = has_run ? query.eight_sites(run) : 0;
+    }
+    Flags all = 0;
+#pragma unroll
+    for (int k = 0; k < kUsed; ++k) all |= static_cast<Flags>(bits_of(bytes[k])) << (k * kFlags);
+    return all;
+  }
+  static __device__ __forceinline__ uint32_t flags_in(Flags all, int k) {
+    return static_cast<uint32_t>(all >> (k * kFlags)) & ((1u << kFlags) - 1);
+  }
+  static __device__ __forceinline__ int count_of(uint32_t v) { return __popc(v); }
+  static __device__ __forceinline__ int count_of(uint64_t v) { return __popcll(v); }
 
   const Shares& shares_;
   int share_;
-  int run_[kPasses];  // -1: there is none
-  const uint32_t* found_;
+  bool has_run_;
+  int run_, row_, y_;
+  const Run* found_;
   int size_, runs_;
 };
 

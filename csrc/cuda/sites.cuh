@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
     sites_kernel(const __grid_constant__ SiteLaunch p, const __grid_constant__ Query query,
                  const __grid_constant__ F f) {
   constexpr bool kListsItself = !std::is_same_v<Query, Listed>;
-  __shared__ uint16_t listed[kListsItself ? kListedSites : 1];
+  __shared__ int listed[kListsItself ? kListedSites : 1];
   __shared__ int active_total;
   const int tid = static_cast<int>(threadIdx.x), share = static_cast<int>(blockIdx.x);
   const int lane = tid % p.lanes, team = tid % 32 / p.lanes, per_warp = 32 / p.lanes;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
       const bool valid = entry < here && count > 0;
       int site = 0;
       if (valid)
-        site = kListsItself ? p.shares.site(share, listed[entry])
+        site = kListsItself ? listed[entry]
                             : site_in(p.list.entries[first_entry + entry]);
       T* const to = static_cast<T*>(p.out.acc.data) + site * p.out.acc.ld + c0;
       float y[kVector] = {}, old[kVector] = {};
