@@ -202,13 +202,14 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
     set_phase(p, g, phase);
     p.weight = static_cast<const char*>(launched.weight) + phase.weights * size;
     p.list = list_in(launched.memory, c.out.counts, i, parts);
+    const ConvQuery query(p.x_mask, p.residual_mask, p.y, p.x_axis, streams);
+    p.windows = query.windows;
     const bool may_list = !launched.listed && parts == 1 && streams == nullptr;
     p.shares = may_list ? shares_of(p, launched) : Shares{};
     p.lists_itself = p.shares.count > 0;
     cudaError_t error = cudaSuccess;
     if (!p.lists_itself && !launched.listed)
-      error = list_candidates(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, streams},
-                              c.out.acc, p.list, stream);
+      error = list_candidates(query, c.out.acc, p.list, stream);
     if (error == cudaSuccess) error = run_phase(p, launched, stream);
     if (error != cudaSuccess) return error;
   }
@@ -225,8 +226,8 @@ cudaError_t list_conv(const ConvListLaunch& l, cudaStream_t stream) {
     const cudaError_t error = find_streams(l.x_mask, streams, stream);
     if (error != cudaSuccess) return error;
   }
-  const ConvQuery query{l.x_mask, l.residual_mask, gemm_axis(g.y, false, phase_axis(g.y, false, 0)),
-                        gemm_axis(g.x, false, phase_axis(g.x, false, 0)), streams};
+  const ConvQuery query(l.x_mask, l.residual_mask, gemm_axis(g.y, false, phase_axis(g.y, false, 0)),
+                        gemm_axis(g.x, false, phase_axis(g.x, false, 0)), streams);
   FurtherList lists[kFurtherLists];
   for (int i = 0; i < l.further; ++i) {
     const FurtherCandidates& other = l.others[i];

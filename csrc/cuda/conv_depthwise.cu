@@ -168,12 +168,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   Weights<T, kTaps> weights(p, c0, works);
   float bias[kVector] = {};
   if (works && p.bias != nullptr) load_floats(p.bias + c0, kVector, bias);
-  OwnCandidates<kThreads> own(p.shares, share);
+  const ConvQuery query(p);
+  OwnCandidates<kThreads, ConvQuery> own(query, p.shares, share);
   wait_for_inputs();
   // The block's candidates: those of its share, or every so many of the list.
   int size, first_entry = 0, listed_from = 0;
   if (lists_itself) {
-    own.find(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr});
+    own.find();
     size = own.size();
     if (size > 0 && tid == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
     own.list(0, listed);

@@ -20,6 +20,10 @@ struct GemmAxis {
   }
 };
 
+// How candidates are found: words of the masks are words of flags; windows of up to 3x3
+// neighbours, where eight sites' taps lie in three words of a row; others.
+enum class Windows { points, small, any };
+
 struct GemmParams {
   Output out;
   Activation act;
@@ -34,6 +38,7 @@ struct GemmParams {
   const float* pre_shift;
   Activation pre_act;
   GemmAxis y, x_axis;
+  Windows windows;
   int depth;         // taps * cin
   int packed_depth;  // row length of the packed weights
   int cluster;       // parts of a depth that are summed by themselves; blocks that may share it

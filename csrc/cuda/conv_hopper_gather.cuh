@@ -61,6 +61,7 @@ class HopperGather {
       tap_x_ = tap - tap_y_ * p_.x_axis.phase.taps;
     }
     begin_tap();
+    work_out(channel_, tap_y_, tap_x_);
   }
   // Turns to a tile.
   __device__ void take(const HopperRow* rows) {

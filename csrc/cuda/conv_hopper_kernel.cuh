@@ -86,7 +86,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     publish_barriers();
     for (int step = own_step; step < early; ++step) load_weights(step, early_stage(step));
     const int all = steps * Traits::kBlockBytes;
-    const int each = (all / blocks + 15) / 16 * 16;  // that a block asks for
+    // What a block asks for: about as much as each.
+    const int each =
+        (static_cast<int>(__fdividef(static_cast<float>(all), static_cast<float>(blocks))) + 16) &
+        ~15;
     const int bytes = min(each, all - block * each);
     if (bytes > 0) prefetch_bulk(weight + block * each, bytes);
   }
@@ -96,7 +99,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       p.out.truncation.policy == Policy::none ? 0.f : *p.out.truncation.threshold;
   HopperGather<Traits> gather(p);
   gather.begin(lists_itself ? own_step : 0);
-  OwnCandidates<kThreads> own(p.shares, share);
+  const ConvQuery query(p);
+  OwnCandidates<kThreads, ConvQuery> own(query, p.shares, share);
   wait_for_inputs();
 
   // The cluster's tiles are those of its share, or every so many of the list. In a list, a guess at
@@ -104,7 +108,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const int guess = share * kRows + tid;
   int size, first_entry = 0, entry = 0;
   if (lists_itself) {
-    own.find(ConvQuery{p.x_mask, p.residual_mask, p.y, p.x_axis, nullptr});
+    own.find();
     size = own.size();
     if (size > 0 && tid == 0 && rank == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
   } else {
@@ -252,11 +256,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     }
     if (tid >= own_units) continue;
     float y[2 * kVector] = {};
-#pragma unroll 1
+    const float4* sum = results + tid;
+#pragma unroll 2
     for (int from = 0; from < (split ? parts : 1); ++from) {
 #pragma unroll
-      for (int four = 0; four < 4; ++four) {
-        const float4 v = results[((from * 4 + four) << unit_bits) + tid];
+      for (int four = 0; four < 4; ++four, sum += own_units) {
+        const float4 v = *sum;
         y[4 * four] += v.x, y[4 * four + 1] += v.y;
         y[4 * four + 2] += v.z, y[4 * four + 3] += v.w;
       }

@@ -21,6 +21,22 @@ struct ConvQuery {
   Mask x, residual;
   GemmAxis y_axis, x_axis;
   const int32_t* streams;  // per stream, whether x has an active site; null: no site needs it
+  Windows windows;
+
+  ConvQuery() = default;
+  ConvQuery(const Mask& x_mask, const Mask& residual_mask, const GemmAxis& y, const GemmAxis& x_of,
+            const int32_t* active_streams)
+      : x(x_mask), residual(residual_mask), y_axis(y), x_axis(x_of), streams(active_streams) {
+    windows = are_points() ? Windows::points : are_small() ? Windows::small : Windows::any;
+  }
+  // Of a kernel that finds its candidates itself.
+  __device__ explicit ConvQuery(const GemmParams& p)
+      : x(p.x_mask),
+        residual(p.residual_mask),
+        y_axis(p.y),
+        x_axis(p.x_axis),
+        streams(nullptr),
+        windows(p.windows) {}
 
   __device__ static bool in_phase(const GemmAxis& axis, int o) {
     return !axis.transposed || (o + axis.pad) % axis.stride == axis.phase.remainder;
@@ -47,13 +63,7 @@ struct ConvQuery {
   }
 
   // Whether a run of eight sites is eight bytes of each mask, at a multiple of eight.
-  __host__ __device__ bool is_pointwise() const {
-    return y_axis.phase.taps == 1 && x_axis.phase.taps == 1 && y_axis.stride == 1 &&
-           x_axis.stride == 1 && y_axis.pad == 0 && x_axis.pad == 0 && !y_axis.transposed &&
-           x.w % 8 == 0 &&
-           (reinterpret_cast<uintptr_t>(x.data) | reinterpret_cast<uintptr_t>(residual.data)) % 8 ==
-               0;
-  }
+  __device__ bool is_pointwise() const { return windows == Windows::points; }
   // The bytes of such a run.
   __device__ uint64_t eight_sites(int run) const {
     uint64_t bytes = reinterpret_cast<const uint64_t*>(x.data)[run];
@@ -61,8 +71,11 @@ struct ConvQuery {
     return bytes;
   }
 
+  // Whether small_window answers for eight sites.
+  __device__ bool is_small() const { return windows == Windows::small; }
+
   __device__ uint32_t flags(Position at, int count) const {
-    if (is_small_window()) return small_window(at) & ((1u << count) - 1);
+    if (is_small()) return small_window(place(at)) & ((1u << count) - 1);
     uint32_t found = 0;
     if (y_axis.transposed || streams != nullptr || x_axis.stride > 2) {
 #pragma unroll 1
@@ -178,39 +191,47 @@ struct ConvQuery {
     }
     return found;
   }
-  // Windows of up to 3x3 neighbours, where a run's taps lie in three whole words of each row.
-  __device__ __forceinline__ bool is_small_window() const {
-    return y_axis.phase.taps <= 3 && x_axis.phase.taps <= 3 && y_axis.phase.step == 1 &&
-           x_axis.phase.step == 1 && x_axis.stride <= 2 && !y_axis.transposed &&
-           streams == nullptr && (x.w | reinterpret_cast<uintptr_t>(x.data)) % 8 == 0 &&
-           (residual.data == nullptr ||
-            (residual.w | reinterpret_cast<uintptr_t>(residual.data)) % 8 == 0);
-  }
-  // The flags of eight sites. All words are asked for together, and from then on a byte of the mask
-  // is a bit: 24 of them, of which tap 0 of the first site is number `left % 8`.
-  __device__ __forceinline__ uint32_t small_window(const Position& at) const {
-    constexpr int kRows = 3, kWords = 3;
+  // Where the taps of eight sites lie in the masks, for small windows: which of three words of
+  // three rows there are, and that tap 0 of the first site is byte `shift` of the first.
+  struct Place {
+    const uint2 *from, *own;
+    int inside, shift;
+  };
+  __device__ __forceinline__ Place place(const Position& at) const {
     const int h = static_cast<int>(x.h), w = static_cast<int>(x.w) >> 3;
     const int top = at.y * y_axis.stride + y_axis.phase.offset;
     const int left = at.x * x_axis.stride + x_axis.phase.offset, first = left >> 3;
-    const auto* from =
-        reinterpret_cast<const uint2*>(x.data) + static_cast<int64_t>(at.n * h + top) * w + first;
+    int columns = 0, inside = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k)
+      if (static_cast<unsigned>(first + k) < static_cast<unsigned>(w)) columns |= 1 << k;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+      if (j < y_axis.phase.taps && static_cast<unsigned>(top + j) < static_cast<unsigned>(h))
+        inside |= columns << (j * kWords);
+    const auto own = static_cast<int64_t>(at.n * static_cast<int>(residual.h) + at.y) *
+                         static_cast<int>(residual.w) +
+                     at.x;
+    return {reinterpret_cast<const uint2*>(x.data) + static_cast<int64_t>(at.n * h + top) * w +
+                first,
+            residual.data == nullptr ? nullptr
+                                     : reinterpret_cast<const uint2*>(residual.data + own),
+            inside, left & 7};
+  }
+  // The flags of eight sites. All words are asked for together, and from then on a byte of the mask
+  // is a bit.
+  __device__ __forceinline__ uint32_t small_window(const Place& place) const {
+    const int w = static_cast<int>(x.w) >> 3;
     uint2 words[kRows][kWords], own = make_uint2(0, 0);
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const bool inside =
-          j < y_axis.phase.taps && static_cast<unsigned>(top + j) < static_cast<unsigned>(h);
 #pragma unroll
       for (int k = 0; k < kWords; ++k) {
         words[j][k] = make_uint2(0, 0);
-        if (inside && static_cast<unsigned>(first + k) < static_cast<unsigned>(w))
-          words[j][k] = from[j * w + k];
+        if (place.inside >> (j * kWords + k) & 1) words[j][k] = place.from[j * w + k];
       }
     }
-    if (residual.data != nullptr)
-      own = *reinterpret_cast<const uint2*>(
-          residual.data +
-          static_cast<int64_t>(at.n * static_cast<int>(residual.h) + at.y) * residual.w + at.x);
+    if (place.own != nullptr) own = *place.own;
     uint32_t bits = 0;
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
@@ -218,9 +239,26 @@ struct ConvQuery {
                                  words[0][k].y | words[1][k].y | words[2][k].y);
       bits |= bits_of(v) << (8 * k);
     }
-    bits >>= left & 7;
+    bits >>= place.shift;
     bits |= (x_axis.phase.taps > 1 ? bits >> 1 : 0) | (x_axis.phase.taps > 2 ? bits >> 2 : 0);
     return (x_axis.stride == 2 ? even_bits(bits) : bits) | bits_of(own);
+  }
+
+ private:
+  static constexpr int kRows = 3, kWords = 3;
+
+  static bool at_word(const Mask& mask) {
+    return (mask.w | static_cast<int64_t>(reinterpret_cast<uintptr_t>(mask.data))) % 8 == 0;
+  }
+  bool are_points() const {
+    return y_axis.phase.taps == 1 && x_axis.phase.taps == 1 && y_axis.stride == 1 &&
+           x_axis.stride == 1 && y_axis.pad == 0 && x_axis.pad == 0 && !y_axis.transposed &&
+           at_word(x) && reinterpret_cast<uintptr_t>(residual.data) % 8 == 0;
+  }
+  bool are_small() const {
+    return y_axis.phase.taps <= kRows && x_axis.phase.taps <= 3 && y_axis.phase.step == 1 &&
+           x_axis.phase.step == 1 && x_axis.stride <= 2 && !y_axis.transposed &&
+           streams == nullptr && at_word(x) && (residual.data == nullptr || at_word(residual));
   }
   // Bit i of the lower byte: bit 2 * i.
   static __device__ __forceinline__ uint32_t even_bits(uint32_t v) {

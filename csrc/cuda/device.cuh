@@ -31,6 +31,13 @@ __device__ __forceinline__ void wait_for_inputs() {
 #endif
 }
 
+// Has numbers, none of which is negative, worked out by here: the compiler would rather do it where
+// they are used first, which may be behind a wait.
+template <class... Ints>
+__device__ __forceinline__ void work_out(Ints... numbers) {
+  if ((numbers | ...) < 0) __trap();
+}
+
 // The sum over a warp, for all of its threads.
 __device__ __forceinline__ int sum_over_warp(int v) {
 #if __CUDA_ARCH__ >= 800

@@ -19,6 +19,7 @@ struct Shares {
   static constexpr int kMostWidth = 1 << 14;  // of a map
 
   int count;
+  int most;     // runs of a share
   int runs, w;  // of the map
   Divisor per_row, h;
 
@@ -29,6 +30,7 @@ struct Shares {
       : w(static_cast<int>(map.w)), per_row((w + kFlags - 1) / kFlags), h(static_cast<int>(map.h)) {
     runs = static_cast<int>(map.n * map.h) * per_row.value;
     count = w > kMostWidth ? 0 : std::max({1, std::min(wanted, runs), (runs + kRuns - 1) / kRuns});
+    most = count > 0 ? (runs + count - 1) / count : 0;
   }
 
   // The index of run `j` of a share; false: it has no such run.
@@ -41,16 +43,24 @@ struct Shares {
   }
 };
 
-// Whether a query has eight_sites(), for maps where a run is eight bytes of its masks.
+// Whether a query answers for whole runs: is_pointwise() and eight_sites(), where a run is eight
+// bytes of its masks; is_small(), place() and small_window(), where it is a few words of them.
 template <class Query, class = void>
-constexpr bool kHasWords = false;
+struct RunAnswers {
+  static constexpr bool kHas = false;
+  struct Place {};
+};
 template <class Query>
-constexpr bool kHasWords<Query, std::void_t<decltype(&Query::eight_sites)>> = true;
+struct RunAnswers<Query, std::void_t<typename Query::Place>> {
+  static constexpr bool kHas = true;
+  using Place = typename Query::Place;
+};
 
 // The candidates in the share of a block of kThreads. They are listed by their runs, for a thread
 // that would put down one site after the other takes longer than all else here.
-template <int kThreads>
+template <int kThreads, class Query>
 class OwnCandidates {
+  static constexpr bool kAnswers = RunAnswers<Query>::kHas;
   static constexpr int kPasses = Shares::kRuns / kThreads;  // a thread has so many runs at most
   using Flags = std::conditional_t<kPasses * kFlags <= 32, uint32_t, uint64_t>;
   static_assert(kPasses * kFlags <= 64, "a thread's flags are one word");
@@ -66,33 +76,34 @@ class OwnCandidates {
 
  public:
   // Nothing here depends on the kernel before this one.
-  __device__ __forceinline__ OwnCandidates(const Shares& shares, int share)
-      : shares_(shares), share_(share) {
-    has_run_ = shares.find(share, static_cast<int>(threadIdx.x), &run_);
-    row_ = shares.per_row.divide(run_);
-    y_ = row_ - shares.h.divide(row_) * shares.h.value;
+  __device__ __forceinline__ OwnCandidates(const Query& query, const Shares& shares, int share)
+      : query_(query), shares_(shares), share_(share) {
+    turn_to(0);
+    work_out(has_run_, run_, row_, n_);
+    if constexpr (kAnswers) {
+      if (!query.is_small()) return;
+      place_ = query.place(first_site());
+      work_out(place_.inside, place_.shift,
+               static_cast<int>(reinterpret_cast<uintptr_t>(place_.from) >> 33));
+    }
   }
 
   // Finds them; called by all threads. Needs a barrier before anything is done with them.
-  template <class Query>
-  __device__ __forceinline__ void find(const Query& query) {
+  __device__ __forceinline__ void find() {
     __shared__ int warps[kThreads / 32];
     __shared__ Run found[Shares::kRuns];
     found_ = found;
-    const int passes = (shares_.runs + shares_.count * kThreads - 1) / (shares_.count * kThreads);
+    const int passes = (shares_.most + kThreads - 1) / kThreads;
     Flags all = 0;
     bool in_words = false;
-    if constexpr (kHasWords<Query>) in_words = query.is_pointwise();
+    if constexpr (kAnswers) in_words = query_.is_pointwise();
     if (in_words) {
-      if constexpr (kHasWords<Query>) all = passes == 1 ? words<1>(query) : words<kPasses>(query);
+      if constexpr (kAnswers) all = passes == 1 ? words<1>() : words<kPasses>();
     } else {
 #pragma unroll 1
       for (int k = 0; k < passes; ++k) {
         if (k > 0) turn_to(k);
-        if (!has_run_) continue;
-        const Position at{shares_.h.divide(row_), y_, x_of(run_, row_)};
-        all |= static_cast<Flags>(flags_of(query, at, min(kFlags, shares_.w - at.x), 0))
-               << (k * kFlags);
+        if (has_run_ != 0) all |= static_cast<Flags>(flags(k)) << (k * kFlags);
       }
       if (passes > 1) turn_to(0);
     }
@@ -142,25 +153,34 @@ class OwnCandidates {
   }
 
  private:
-  __device__ __forceinline__ int x_of(int run, int row) const {
-    return (run - row * shares_.per_row.value) * kFlags;
-  }
   // To the thread's run of pass k.
   __device__ __forceinline__ void turn_to(int k) {
-    has_run_ = shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &run_);
+    has_run_ = shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &run_) ? 1 : 0;
     row_ = shares_.per_row.divide(run_);
-    y_ = row_ - shares_.h.divide(row_) * shares_.h.value;
+    n_ = shares_.h.divide(row_);
   }
-  template <int kUsed, class Query>
-  __device__ __forceinline__ Flags words(const Query& query) const {
+  __device__ __forceinline__ Position first_site() const {
+    return {n_, row_ - n_ * shares_.h.value, (run_ - row_ * shares_.per_row.value) * kFlags};
+  }
+  // Of the run of pass k.
+  __device__ __forceinline__ uint32_t flags(int k) const {
+    const Position at = first_site();
+    const int count = min(kFlags, shares_.w - at.x);
+    if constexpr (kAnswers)
+      if (query_.is_small())
+        return query_.small_window(k == 0 ? place_ : query_.place(at)) & ((1u << count) - 1);
+    return flags_of(query_, at, count, 0);
+  }
+  template <int kUsed>
+  __device__ __forceinline__ Flags words() const {
     uint64_t bytes[kUsed];
 #pragma unroll
     for (int k = 0; k < kUsed; ++k) {
       int run = run_;
       const bool has_run =
-          k == 0 ? has_run_
+          k == 0 ? has_run_ != 0
                  : shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &run);
-      bytes[k] = has_run ? query.eight_sites(run) : 0;
+      bytes[k] = has_run ? query_.eight_sites(run) : 0;
     }
     Flags all = 0;
 #pragma unroll
@@ -173,10 +193,11 @@ class OwnCandidates {
   static __device__ __forceinline__ int count_of(uint32_t v) { return __popc(v); }
   static __device__ __forceinline__ int count_of(uint64_t v) { return __popcll(v); }
 
+  const Query& query_;
   const Shares& shares_;
   int share_;
-  bool has_run_;
-  int run_, row_, y_;
+  int has_run_, run_, row_, n_;              // of the pass that is on
+  typename RunAnswers<Query>::Place place_;  // of pass 0
   const Run* found_;
   int size_, runs_;
 };

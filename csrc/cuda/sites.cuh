@@ -61,7 +61,7 @@ struct SiteLaunch {
   // Sites of several columns are counted in the mask, and written by one block while another looks.
   template <class Query>
   bool can_share(const Query& query) const {
-    return out.acc.ld == out.acc.c &&
+    return out.acc.ld == out.acc.c && out.acc.w <= Shares::kMostWidth &&
            (columns == 1 || (out.mask.in_words && !reads_result(query, 0))) &&
            blocks(kSiteBlocks) * per_block() >= expected_candidates(out.acc);
   }
@@ -96,11 +96,11 @@ __global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
   const int count = min(kVector, static_cast<int>(p.out.acc.c) - c0);
   const bool compares = p.out.truncation.policy != Policy::none;
   if (tid == 0) active_total = 0;
-  OwnCandidates<kSiteThreads> own(p.shares, share);
+  OwnCandidates<kSiteThreads, Query> own(query, p.shares, share);
   wait_for_inputs();
   int size, first_entry = 0;
   if constexpr (kListsItself) {
-    own.find(query);
+    own.find();
     size = own.size();
     if (size > 0 && tid == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
   } else {
