@@ -29,6 +29,12 @@ struct HopperRow {
       y += p.y.phase.step, x += p.x_axis.phase.step;
     }
   }
+  // The same, where a window is the site itself.
+  static __device__ HopperRow point(const GemmParams& p, int own_site) {
+    HopperRow row;
+    row.from = own_site * static_cast<int>(p.x.ld), row.taps = 1, row.site = own_site;
+    return row;
+  }
   // A row without a site: nothing of it is read.
   static __device__ HopperRow none() {
     HopperRow row;
@@ -53,6 +59,7 @@ class HopperGather {
   __device__ void begin(int step) {
     const int channels = packed_channels(static_cast<int>(p_.x.c));
     channel_ = step * Traits::kDepth + static_cast<int>(threadIdx.x) % 8 * kVector;
+    if constexpr (Traits::kPoints) return;
     tap_y_ = tap_x_ = 0;
     if (channel_ >= channels) {
       const int tap = channel_ / channels;
@@ -70,6 +77,7 @@ class HopperGather {
     for (int i = 0; i < kOwnRows; ++i) {
       from_[i] = static_cast<const T*>(p_.x.data) + rows[row + i * kCopyRows].from;
       taps_[i] = rows[row + i * kCopyRows].taps;
+      if constexpr (Traits::kPoints) from_[i] += channel_;
     }
   }
 
@@ -77,6 +85,14 @@ class HopperGather {
   __device__ void load(uint32_t stage) {
     if constexpr (Traits::kImage) {
       load_image(stage + to_);
+    } else if constexpr (Traits::kPoints) {
+      const bool inside = channel_ < static_cast<int>(p_.x.c);
+#pragma unroll
+      for (int i = 0; i < kOwnRows; ++i) {
+        copy_chunk(stage + to_ + i * kCopyRows * kRowBytes, from_[i], inside && taps_[i] != 0);
+        from_[i] += Traits::kDepth;
+      }
+      channel_ += Traits::kDepth;
     } else {
 #pragma unroll
       for (int i = 0; i < kOwnRows; ++i)
@@ -137,7 +153,7 @@ class HopperGather {
   uint32_t to_;
   int channel_, tap_y_, tap_x_, offset_;
   uint32_t bits_;
-  const T* from_[kOwnRows];
+  const T* from_[kOwnRows];  // of points: the next chunk
   uint32_t taps_[kOwnRows];
 };
 

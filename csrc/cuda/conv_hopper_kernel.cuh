@@ -20,10 +20,13 @@
 
 namespace deltafx::cuda {
 
-template <class Element, bool kImageInput>
+// What a kernel is for: images, of up to four channels, four apart; Windows::points; or all else.
+enum class Inputs { image, points, windows };
+
+template <class Element, Inputs kInputs>
 struct HopperTraits {
   using T = Element;
-  static constexpr bool kImage = kImageInput;  // up to four channels, four apart
+  static constexpr bool kImage = kInputs == Inputs::image, kPoints = kInputs == Inputs::points;
   static constexpr int kRows = 64, kColumns = 64, kThreads = 256, kStages = 4;
   static constexpr int kBlocksPerMultiprocessor = 2;
   static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
@@ -55,6 +58,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const int steps = p.packed_depth / Traits::kDepth, parts = p.cluster;
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   const uint32_t unaligned = shared_address(dynamic), stages = (unaligned + 1023u) & ~1023u;
+  // By a shuffle, since a plain address is worked out again, slowly, wherever it is used.
+  const uint32_t first_barrier = __shfl_sync(kAllLanes, shared_address(barriers), 0);
+  const auto barrier_of = [&](int stage) { return first_barrier + stage * sizeof(uint64_t); };
   char* stage_memory = dynamic + (stages - unaligned);
   // Nothing here depends on the kernel before this one.
   const char* weight =
@@ -64,7 +70,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const bool lists_itself = p.lists_itself;
   // A step's weights into its stage.
   const auto load_weights = [&](int step, int to) {
-    const uint32_t barrier = shared_address(barriers + to);
+    const uint32_t barrier = barrier_of(to);
     expect_bytes(barrier, Traits::kBlockBytes);
     copy_bulk(stages + to * Traits::kStageBytes + kRows * kRowBytes,
               weight + step * Traits::kBlockBytes, Traits::kBlockBytes, barrier);
@@ -74,15 +80,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   // The stage of a tile's first step, for so many of them.
   const auto first_stage = [&](int count) { return wrap(1 - count); };
   // The first steps' weights can be on their way as soon as it is known which those are: a share's
-  // tiles are always split. `early`: the first step for which they are not.
+  // tiles are always split. `early`: the tile's first step for which they are not.
   const int own_step = steps * rank >> part_bits, own_end = steps * (rank + 1) >> part_bits;
-  const int early = lists_itself ? min(own_step + kStages - 1, own_end) : 0;
+  int early = lists_itself ? min(own_step + kStages - 1, own_end) : 0;
   const auto early_stage = [&](int step) {
     return wrap(first_stage(own_end - own_step) + step - own_step);
   };
   if (tid == 0) {
     active = 0;
-    for (uint64_t& barrier : barriers) init_barrier(shared_address(&barrier));
+    for (int stage = 0; stage <= kStages; ++stage) init_barrier(barrier_of(stage));
     publish_barriers();
     for (int step = own_step; step < early; ++step) load_weights(step, early_stage(step));
     const int all = steps * Traits::kBlockBytes;
@@ -99,8 +105,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       p.out.truncation.policy == Policy::none ? 0.f : *p.out.truncation.threshold;
   HopperGather<Traits> gather(p);
   gather.begin(lists_itself ? own_step : 0);
-  const ConvQuery query(p);
-  OwnCandidates<kThreads, ConvQuery> own(query, p.shares, share);
+  using Query = std::conditional_t<Traits::kPoints, PointQuery, ConvQuery>;
+  const Query query(p);
+  OwnCandidates<kThreads, Query> own(query, p.shares, share);
   wait_for_inputs();
 
   // The cluster's tiles are those of its share, or every so many of the list. In a list, a guess at
@@ -120,7 +127,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     // What was asked for must have come before the block's memory is another's.
     if (tid == 0)
       for (int step = own_step; step < early; ++step)
-        wait_for_barrier(shared_address(barriers + early_stage(step)), 0);
+        wait_for_barrier(barrier_of(early_stage(step)), 0);
     return;
   }
 
@@ -156,14 +163,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     if (lists_itself) {
       if (tid < kRows && first_row + tid >= size) rows[tid] = HopperRow::none();
       own.each(first_row, first_row + kRows, [&](int i, int row, int x) {
-        const int n = p.h.divide(row);
-        const Position at{n, row - n * p.h.value, x};
-        rows[i - first_row] = HopperRow(p, row * p.w.value + x, at);
+        const int site = row * p.w.value + x;
+        if constexpr (Traits::kPoints) {
+          rows[i - first_row] = HopperRow::point(p, site);
+        } else {
+          const int n = p.h.divide(row);
+          rows[i - first_row] = HopperRow(p, site, {n, row - n * p.h.value, x});
+        }
       });
     } else if (tid < kRows) {
       const int i = first_row + tid;
       if (i != guess && i < size) entry = p.list.entries[first_entry + i];
-      rows[tid] = HopperRow(p, i < size ? site_in(entry) : -1);
+      if constexpr (Traits::kPoints)
+        rows[tid] = i < size ? HopperRow::point(p, site_in(entry)) : HopperRow::none();
+      else
+        rows[tid] = HopperRow(p, i < size ? site_in(entry) : -1);
     }
     __syncthreads();
 
@@ -173,7 +187,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     // The next step of depth into stage `to`.
     const auto load = [&](int to) {
       if (next < last_step) {
-        if (tid == 0 && !(first && next < early)) load_weights(next, to);
+        if (tid == 0 && next >= early) load_weights(next, to);
         gather.load(stages + to * Traits::kStageBytes);
       }
       ++next;
@@ -201,7 +215,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       wait_for_copies<kStages - 2>();
       // cp.async writes as the threads do, and was seen to need no fence before the products.
       wait_for_products(sums);
-      wait_for_barrier(shared_address(barriers + stage), phases >> stage & 1);
+      wait_for_barrier(barrier_of(stage), phases >> stage & 1);
       phases ^= 1u << stage;
       __syncthreads();
       if (split && step == last_step - 1) arrive_in_cluster();  // kSumStage is free
@@ -223,13 +237,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       stage = wrap(stage + 1);
     }
     wait_for_products(sums);
+    early = 0;
 
     // The sums: of a whole tile to this thread, of a split one to the block that finishes the unit,
     // which adds the blocks' sums up in their order.
     constexpr int kSumsAt = Traits::kSumStage * Traits::kStageBytes;
     auto* results =
         reinterpret_cast<float4*>(stage_memory + kSumsAt);  // [from block][four of 16][unit]
-    const uint32_t received = shared_address(barriers + kStages);
+    const uint32_t received = barrier_of(kStages);
     if (split) {
       if (tid == 0) expect_bytes(received, kRows * kColumns * 4);
       wait_for_cluster();
@@ -267,8 +282,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       }
     }
     const int local = lane % 4 * kVector;
-    const bool written =
-        unit.template finish<2>(p, act, threshold, c, constants.bias + local, constants.scale + local, y);
+    const bool written = unit.template finish<2>(p, act, threshold, c, constants.bias + local,
+                                                 constants.scale + local, y);
     if (written && lane % 4 == 0) marks.set(p, unit.site, first_entry + first_row + own_row);
   }
   const int found = __reduce_add_sync(kAllLanes, marks.count());
@@ -280,11 +295,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 
 template <class T>
 cudaError_t launch_conv_hopper(const GemmParams& p, cudaStream_t stream) {
-  using Image = HopperTraits<T, true>;
-  using Map = HopperTraits<T, false>;
+  using Image = HopperTraits<T, Inputs::image>;
+  using Points = HopperTraits<T, Inputs::points>;
+  using Others = HopperTraits<T, Inputs::windows>;
   if (p.x.c <= 4) return launch_tiles<Image>(conv_hopper_kernel<Image>, p, stream);
   if (HopperTiling(p).tall) return launch_conv_hopper_tall<T>(p, stream);
-  return launch_tiles<Map>(conv_hopper_kernel<Map>, p, stream);
+  if (p.windows == Windows::points)
+    return launch_tiles<Points>(conv_hopper_kernel<Points>, p, stream);
+  return launch_tiles<Others>(conv_hopper_kernel<Others>, p, stream);
 }
 
 }  // namespace deltafx::cuda

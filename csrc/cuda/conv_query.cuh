@@ -129,6 +129,58 @@ struct ConvQuery {
     return bits_of(bytes) & ((1u << count) - 1);
   }
 
+  // Where the taps of eight sites lie in the masks, for small windows: which of three words of
+  // three rows there are, and that tap 0 of the first site is byte `shift` of the first.
+  struct Place {
+    const uint2 *from, *own;
+    int inside, shift;
+  };
+  __device__ __forceinline__ Place place(const Position& at) const {
+    const int h = static_cast<int>(x.h), w = static_cast<int>(x.w) >> 3;
+    const int top = at.y * y_axis.stride + y_axis.phase.offset;
+    const int left = at.x * x_axis.stride + x_axis.phase.offset, first = left >> 3;
+    int columns = 0, inside = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k)
+      if (static_cast<unsigned>(first + k) < static_cast<unsigned>(w)) columns |= 1 << k;
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+      if (j < y_axis.phase.taps && static_cast<unsigned>(top + j) < static_cast<unsigned>(h))
+        inside |= columns << (j * kWords);
+    const auto own = static_cast<int64_t>(at.n * static_cast<int>(residual.h) + at.y) *
+                         static_cast<int>(residual.w) +
+                     at.x;
+    return {
+        reinterpret_cast<const uint2*>(x.data) + static_cast<int64_t>(at.n * h + top) * w + first,
+        residual.data == nullptr ? nullptr : reinterpret_cast<const uint2*>(residual.data + own),
+        inside, left & 7};
+  }
+  // The flags of eight sites. All words are asked for together, and from then on a byte of the mask
+  // is a bit.
+  __device__ __forceinline__ uint32_t small_window(const Place& place) const {
+    const int w = static_cast<int>(x.w) >> 3;
+    uint2 words[kRows][kWords], own = make_uint2(0, 0);
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) {
+        words[j][k] = make_uint2(0, 0);
+        if (place.inside >> (j * kWords + k) & 1) words[j][k] = place.from[j * w + k];
+      }
+    }
+    if (place.own != nullptr) own = *place.own;
+    uint32_t bits = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+      const uint2 v = make_uint2(words[0][k].x | words[1][k].x | words[2][k].x,
+                                 words[0][k].y | words[1][k].y | words[2][k].y);
+      bits |= bits_of(v) << (8 * k);
+    }
+    bits >>= place.shift;
+    bits |= (x_axis.phase.taps > 1 ? bits >> 1 : 0) | (x_axis.phase.taps > 2 ? bits >> 2 : 0);
+    return (x_axis.stride == 2 ? even_bits(bits) : bits) | bits_of(own);
+  }
+
  private:
   // Bytes `left` to left + span of the tap rows, in one: a, b, c. A row of the mask is whole words,
   // so those of all rows are read before any is looked at.
@@ -191,60 +243,6 @@ struct ConvQuery {
     }
     return found;
   }
-  // Where the taps of eight sites lie in the masks, for small windows: which of three words of
-  // three rows there are, and that tap 0 of the first site is byte `shift` of the first.
-  struct Place {
-    const uint2 *from, *own;
-    int inside, shift;
-  };
-  __device__ __forceinline__ Place place(const Position& at) const {
-    const int h = static_cast<int>(x.h), w = static_cast<int>(x.w) >> 3;
-    const int top = at.y * y_axis.stride + y_axis.phase.offset;
-    const int left = at.x * x_axis.stride + x_axis.phase.offset, first = left >> 3;
-    int columns = 0, inside = 0;
-#pragma unroll
-    for (int k = 0; k < kWords; ++k)
-      if (static_cast<unsigned>(first + k) < static_cast<unsigned>(w)) columns |= 1 << k;
-#pragma unroll
-    for (int j = 0; j < kRows; ++j)
-      if (j < y_axis.phase.taps && static_cast<unsigned>(top + j) < static_cast<unsigned>(h))
-        inside |= columns << (j * kWords);
-    const auto own = static_cast<int64_t>(at.n * static_cast<int>(residual.h) + at.y) *
-                         static_cast<int>(residual.w) +
-                     at.x;
-    return {reinterpret_cast<const uint2*>(x.data) + static_cast<int64_t>(at.n * h + top) * w +
-                first,
-            residual.data == nullptr ? nullptr
-                                     : reinterpret_cast<const uint2*>(residual.data + own),
-            inside, left & 7};
-  }
-  // The flags of eight sites. All words are asked for together, and from then on a byte of the mask
-  // is a bit.
-  __device__ __forceinline__ uint32_t small_window(const Place& place) const {
-    const int w = static_cast<int>(x.w) >> 3;
-    uint2 words[kRows][kWords], own = make_uint2(0, 0);
-#pragma unroll
-    for (int j = 0; j < kRows; ++j) {
-#pragma unroll
-      for (int k = 0; k < kWords; ++k) {
-        words[j][k] = make_uint2(0, 0);
-        if (place.inside >> (j * kWords + k) & 1) words[j][k] = place.from[j * w + k];
-      }
-    }
-    if (place.own != nullptr) own = *place.own;
-    uint32_t bits = 0;
-#pragma unroll
-    for (int k = 0; k < kWords; ++k) {
-      const uint2 v = make_uint2(words[0][k].x | words[1][k].x | words[2][k].x,
-                                 words[0][k].y | words[1][k].y | words[2][k].y);
-      bits |= bits_of(v) << (8 * k);
-    }
-    bits >>= place.shift;
-    bits |= (x_axis.phase.taps > 1 ? bits >> 1 : 0) | (x_axis.phase.taps > 2 ? bits >> 2 : 0);
-    return (x_axis.stride == 2 ? even_bits(bits) : bits) | bits_of(own);
-  }
-
- private:
   static constexpr int kRows = 3, kWords = 3;
 
   static bool at_word(const Mask& mask) {
@@ -267,6 +265,13 @@ struct ConvQuery {
     v = (v | v >> 2) & 0x0f0f;
     return (v | v >> 4) & 0xff;
   }
+};
+
+// Of a kernel for nothing but Windows::points.
+struct PointQuery : ConvQuery {
+  using ConvQuery::ConvQuery;
+  static constexpr bool is_pointwise() { return true; }
+  static constexpr bool is_small() { return false; }
 };
 
 // Marks sites of which a thread wrote a group, and counts them. A site of several groups counts
