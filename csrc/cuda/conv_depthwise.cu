@@ -184,8 +184,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
   const auto site_of = [&](int entry) {
     if (!works || entry >= size) return -1;
-    return lists_itself ? listed[entry - listed_from]
-                        : site_in(p.list.entries[first_entry + entry]);
+    return lists_itself ? listed[entry - listed_from] : p.list.entries[first_entry + entry];
   };
   const int first = lists_itself ? 0 : share * teams.sites;
   const int stride = lists_itself ? teams.sites : static_cast<int>(gridDim.x) * teams.sites;

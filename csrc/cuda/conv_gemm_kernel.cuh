@@ -168,7 +168,7 @@ __device__ __forceinline__ void conv_gemm_tiles(const GemmParams& p) {
               first_column = tile % column_tiles * kColumns;
     for (int r = tid; r < kRows; r += kThreads) {
       const int i = first_row + r;
-      rows[r] = GemmRow<T>(p, i < size ? site_in(p.list.entries[first_entry + i]) : -1);
+      rows[r] = GemmRow<T>(p, i < size ? p.list.entries[first_entry + i] : -1);
     }
     __syncthreads();
 

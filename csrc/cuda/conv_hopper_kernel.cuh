@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     } else if (tid < kRows) {
       const int i = first_row + tid;
       if (i != guess && i < size) entry = p.list.entries[first_entry + i];
-      rows[tid] = HopperRow(p, i < size ? site_in(entry) : -1);
+      rows[tid] = HopperRow(p, i < size ? entry : -1);
     }
     __syncthreads();
 

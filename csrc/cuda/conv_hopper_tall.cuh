@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   // Works out rows of `own_tile` for slot `slot`, and reads the entries for this thread's next.
   const auto make_rows = [&](int slot) {
     const bool valid = own_tile * kRows + own_row < size;
-    const HopperRow row(p, valid ? site_in(entry) : -1);
+    const HopperRow row(p, valid ? entry : -1);
     rows[slot][own_row] = {row.from, row.taps};
     sites[slot][own_row] = row.site;
     own_tile += 2 * blocks;
