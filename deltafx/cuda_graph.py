@@ -122,7 +122,7 @@ class FrameGraph:
         self._dense_above = dense_above
         self._plan = plan
         sites = [plan.slots[plan.places[node].slot].sites for node in plan.nodes]
-        self._all_sites = torch.tensor([[n, n] for n in sites], device=plan.device)
+        self._all_sites = torch.tensor([[n, 0] for n in sites], device=plan.device)
         self._frames = 0
         self._captured: torch.cuda.CUDAGraph | None = None
         self._bodies: list[torch.cuda.CUDAGraph] = []  # whose memory the captured graph uses

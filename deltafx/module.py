@@ -35,7 +35,7 @@ from deltafx.passes.emit_instance import Instance, emit_instance
 from deltafx.passes.insert_casts import autocast_state, no_autocast
 from deltafx.passes.share_constants import ConstantPool
 from deltafx.passes.trace_model import TracedModel, trace_model
-from deltafx.state import COUNTS, THRESHOLDS, acc_name, allocate, lose_state, mask_name
+from deltafx.state import THRESHOLDS, acc_name, allocate, frame_counts, lose_state, mask_name
 from deltafx.stats import Explanation, Stats, make_stats
 from deltafx.thresholds import Thresholds
 
@@ -229,7 +229,8 @@ class DeltaModule(Compiled, fx.GraphModule):
     @override
     def stats(self) -> Stats:
         compiled = self._require()
-        counts = compiled.buffers[COUNTS].tolist() if compiled.frames else None
+        plan, buffers = compiled.instance.plan, compiled.buffers
+        counts = frame_counts(plan, buffers) if compiled.frames else None
         run = compiled.run
         branch = run.branch() if isinstance(run, FrameGraph) else "delta"
         return make_stats(compiled.instance, counts, branch)

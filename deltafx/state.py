@@ -50,7 +50,8 @@ class StatePlan:
     Attributes:
         slots: By name.
         places: Where each node's feature map lies, by node name.
-        nodes: Names of the nodes with an operator, in the order of their rows in `counts`.
+        nodes: Names of the nodes with an operator, in the order of their rows in `counts`, which
+            are of two int64: candidates and, on the CPU, active sites.
         truncating: Names of those that truncate, with their channels, in the order of `thresholds`.
         workspaces: Shapes of fp32 buffers, by the name of their attribute.
         device: Of all tensors.
@@ -154,6 +155,20 @@ def lose_state(
             tensors[name][streams] = float("nan")
 
 
+def frame_counts(plan: StatePlan, tensors: Mapping[str, Tensor]) -> list[list[int]]:
+    """Candidates and active sites of the last frame, in the order of `plan.nodes`.
+
+    CUDA operators leave active sites to the masks, where they are counted now: those of a slice
+    are its slot's. Waits for the device.
+    """
+    counts = tensors[COUNTS]
+    if plan.device.type != "cuda" or not plan.nodes:
+        return counts.tolist()
+    slots = [plan.places[node].slot for node in plan.nodes]
+    active = {slot: tensors[mask_name(slot)].sum() for slot in dict.fromkeys(slots)}
+    return torch.stack([counts[:, 0], torch.stack([active[s] for s in slots])], 1).tolist()
+
+
 def mask_room(sites: int) -> int:
     """How many bytes a mask takes up: vectors of 16, so that each mask is aligned."""
     return -(-sites // 16) * 16
@@ -196,7 +211,7 @@ def place_name(plan: StatePlan, place: Place) -> str:
 
 
 def counts_name(node: str) -> str:
-    """The attribute that holds a node's candidates and active sites of the last frame."""
+    """The attribute that holds a node's row of `counts`, of the last frame."""
     return f"counts_{node}"
 
 

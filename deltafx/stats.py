@@ -16,7 +16,8 @@ class NodeStats:
 
     Attributes:
         candidates: Sites that were computed.
-        active: Sites that changed and were written.
+        active: Sites that changed and were written. On CUDA, of a node that writes a part of a
+            concatenation: those of the whole concatenation.
         sites: All its sites.
         macs: Multiply-adds done.
         dense_macs: Multiply-adds of computing it everywhere.
@@ -83,7 +84,7 @@ class Stats:
 def make_stats(
     instance: Instance, counts: Sequence[Sequence[int]] | None, branch: str = "delta"
 ) -> Stats:
-    """Stats of the rows of the counters; of no work at all, where there was no frame."""
+    """Stats of the rows of `frame_counts`; of no work at all, where there was no frame."""
     rows = dict(zip(instance.plan.nodes, counts or [], strict=False))
     slot_bytes = instance.plan.bytes_by_slot()
     nodes: dict[str, NodeStats] = {}

@@ -1,6 +1,7 @@
 """The state: a cache, bounded, predicted, and never in the way of a right answer."""
 
 import copy
+import dataclasses
 import gc
 import threading
 import weakref
@@ -11,7 +12,17 @@ from torch import nn
 
 import deltafx
 from deltafx.errors import InvalidInputError, InvalidOptionError, UnknownNodeError
-from deltafx.state import allocated_bytes
+from deltafx.state import (
+    COUNTS,
+    MASKS,
+    Place,
+    Slot,
+    StatePlan,
+    allocate,
+    allocated_bytes,
+    frame_counts,
+    mask_name,
+)
 from tests.branching_net import BranchingNet, clip
 from tests.exactness import exact_over
 
@@ -29,6 +40,34 @@ def test_the_bytes_are_told_before_and_right(shape, dtype):
     assert told == compiled.state_bytes() == compiled.stats().state_bytes
     assert told == allocated_bytes(compiled.state_tensors().values())
     assert compiled.state_bytes(frame) == told
+
+
+def test_active_sites_are_counted_by_the_operators_or_in_the_masks():
+    plan = StatePlan(
+        slots={
+            name: Slot(name, (2, 4, 3, width), torch.float32)
+            for name, width in (("one", 3), ("both", 5), ("none", 3))
+        },
+        places={
+            "one": Place("one", 0, 4),
+            "left": Place("both", 0, 1),
+            "right": Place("both", 1, 3),
+            "none": Place("none", 0, 4),
+        },
+        nodes=("left", "one", "none", "right"),
+        truncating={},
+        workspaces={},
+        device=torch.device("cpu"),
+    )
+    tensors = allocate(plan)
+    tensors[COUNTS][:] = torch.tensor([[9, 2], [8, 7], [6, 0], [5, 4]])
+    tensors[mask_name("both")][1, :2, 3] = True
+    tensors[mask_name("one")][0, 0, :] = True
+    on_cuda = dataclasses.replace(plan, device=torch.device("cuda"))
+    assert frame_counts(plan, tensors) == [[9, 2], [8, 7], [6, 0], [5, 4]]
+    assert frame_counts(on_cuda, tensors) == [[9, 2], [8, 3], [6, 0], [5, 2]]
+    tensors[MASKS].fill_(True)  # and the bytes between the masks, as in a dense frame
+    assert frame_counts(on_cuda, tensors) == [[9, 30], [8, 18], [6, 18], [5, 30]]
 
 
 def test_the_state_is_not_saved():

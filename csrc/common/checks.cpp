@@ -62,9 +62,7 @@ Mask mask_of(const Tensor& t, const FeatureMap& like, const char* name) {
                         t.size(2) == like.w && t.is_contiguous(),
                     "deltafx: ", name, " must be contiguous of [", like.n, ", ", like.h, ", ",
                     like.w, "], not ", t.sizes());
-  const auto bytes = static_cast<size_t>(t.numel() + t.storage_offset());
-  const bool in_words = t.storage().nbytes() >= (bytes + 3) / 4 * 4;
-  return {static_cast<uint8_t*>(t.data_ptr()), like.n, like.h, like.w, in_words};
+  return {static_cast<uint8_t*>(t.data_ptr()), like.n, like.h, like.w};
 }
 
 void check_same_device(const Tensor& t, const Tensor& as, const char* name) {

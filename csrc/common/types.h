@@ -22,7 +22,6 @@ struct FeatureMap {
 struct Mask {
   uint8_t* data;
   int64_t n, h, w;
-  bool in_words;  // the memory goes on to a multiple of four bytes, as atomic operations need it
   int64_t sites() const { return n * h * w; }
 };
 
@@ -66,8 +65,10 @@ struct Truncation {
   const float* threshold;
 };
 
-// What every delta op writes. counts[0] is the number of candidates, counts[1] the number of sites
-// this op made active, both of this frame; they are cleared with the masks, and count up from 0.
+// What every delta op writes. counts[0] is the number of candidates, and on the CPU counts[1] the
+// number of sites this op made active, both of this frame; they are cleared with the masks, and
+// count up from 0. On CUDA counts[1] stays 0, for every kernel would wait for that count at its
+// end: there the mask tells.
 struct Output {
   FeatureMap acc;
   Mask mask;

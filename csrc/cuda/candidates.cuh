@@ -16,11 +16,10 @@ __device__ __forceinline__ void add_to(int64_t* count, int more) {
   atomicAdd(reinterpret_cast<Count*>(count), static_cast<Count>(more));
 }
 
-// Entries hold a site; the top bit is free for the op, to mark sites that it made active. An op may
-// have several parts, one after another: a part's candidates stand at [*begin, *end), and its
-// reader puts *end down in *next_begin.
+// An op may have several parts, one after another: a part's candidates stand at [*begin, *end), and
+// its reader puts *end down in *next_begin.
 struct CandidateList {
-  int32_t* entries;
+  int32_t* entries;      // sites
   int64_t* end;          // the op's counts[0]
   const int32_t* begin;  // null: 0
   int32_t* next_begin;   // null: this is the last part
@@ -33,10 +32,6 @@ struct CandidateList {
     return value;
   }
 };
-constexpr uint32_t kActiveBit = 0x80000000u;
-__device__ __forceinline__ int site_in(int32_t entry) {
-  return static_cast<int>(static_cast<uint32_t>(entry) & ~kActiveBit);
-}
 
 // The list of part `part` of an op of `parts`; `memory` has list_ints(sites) ints.
 constexpr int kListHeader = 4;  // two of them hold the beginnings of even and odd parts

@@ -88,9 +88,9 @@ bool takes_depthwise(const GemmParams& p, const ConvGeometry& g) {
 }
 
 // The shares in which the kernel's blocks find the candidates by themselves; none if they go by a
-// list. They count active sites in the mask, which no other operator may mark then.
+// list. So in a slice, whose mask may be the input's: no block may mark what another reads.
 Shares shares_of(const GemmParams& p, const ConvLaunch& launch) {
-  if (p.out.acc.ld != p.out.acc.c || !p.out.mask.in_words) return {};
+  if (p.out.acc.ld != p.out.acc.c) return {};
   if (takes_depthwise(p, launch.p.geometry)) return conv_depthwise_shares(p);
   return on_hopper(p, launch) ? conv_hopper_shares(p) : Shares{};
 }

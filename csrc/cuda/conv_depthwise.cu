@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   __shared__ int listed[kListed];
   constexpr bool kCompares = kLanes > 0;
   const FeatureMap& acc = p.out.acc;
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
+  const int tid = static_cast<int>(threadIdx.x);
   const int share = static_cast<int>(blockIdx.x), team = teams.vectors.divide(tid);
   const int vector =
       static_cast<int>(blockIdx.y) * teams.vectors.value + tid - team * teams.vectors.value;
@@ -185,8 +185,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
   const auto site_of = [&](int entry) {
     if (!works || entry >= size) return -1;
-    return lists_itself ? listed[entry - listed_from]
-                        : site_in(p.list.entries[first_entry + entry]);
+    return lists_itself ? listed[entry - listed_from] : p.list.entries[first_entry + entry];
   };
   const int first = lists_itself ? 0 : share * teams.sites;
   const int stride = lists_itself ? teams.sites : static_cast<int>(gridDim.x) * teams.sites;
@@ -198,7 +197,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const auto acc_ld = static_cast<int>(acc.ld);
   const T* const x = static_cast<const T*>(p.x.data) + c0;
   T* const y_of_first = static_cast<T*>(acc.data) + c0;
-  SiteMarks marks;
 #pragma unroll 1
   for (int begin = first; begin < size; begin += stride) {
     const int entry = begin + team, site = next;
@@ -247,14 +245,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const bool changed = rule.template changed<kLanes>(y, old);
       if (site < 0 || !changed) continue;
       store_vector(to, kVector, true, y);
-      if (lane % kLanes == 0) marks.set(p, site, first_entry + entry);
+      p.out.mask.data[site] = 1;
     }
-  }
-  if constexpr (kCompares) {
-    const int found = sum_over_warp(marks.count());
-    if (lane == 0 && found > 0) add_to(p.out.counts + 1, found);
-  } else if (tid == 0 && blockIdx.y == 0 && size > 0 && (lists_itself || share == 0)) {
-    add_to(p.out.counts + 1, size);
   }
 }
 

@@ -30,7 +30,6 @@ __device__ __forceinline__ float4 load_from_block(uint32_t address, int rank) {
 
 // Of a tile: which of its rows this block finishes, and whether the sums lie in all blocks.
 struct TileRows {
-  int entry;  // in the candidate list, of the tile's first row
   int first, count;
   int parts;  // 1: the sums are this block's own
 };
@@ -78,22 +77,17 @@ class GemmFinish {
     }
   }
 
-  // Finishes all rows, once the sums are in shared memory; returns for how many of them this thread
-  // was the first to find the site active.
-  __device__ int run(const float* sums, uint32_t sums_address) {
-    int found = 0;
+  // Finishes all rows, once the sums are in shared memory.
+  __device__ void run(const float* sums, uint32_t sums_address) {
     for (int batch = 0; batch * kBatch * kUnits < rows_.count * kGroups; ++batch) {
       if (batch > 0) fetch(batch);
-      bool written[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         float y[kVector] = {};
         if (row_[b] >= 0) load_sums(sums, sums_address, row_[b] * Traits::kPitch + column_, y);
-        written[b] = finish(b, y);
+        finish(b, y);
       }
-      found += mark(written);
     }
-    return found;
   }
 
  private:
@@ -157,7 +151,7 @@ class GemmFinish {
   }
 
   // Bias, residual, activation and the update rule for a group of the batch's site b.
-  __device__ bool finish(int b, float (&y)[kVector]) const {
+  __device__ void finish(int b, float (&y)[kVector]) const {
     const bool valid = site_[b] >= 0 && rule_.count > 0;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) y[i] += bias_[i];
@@ -172,29 +166,10 @@ class GemmFinish {
     float old[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) old[i] = valid ? to_float(old_[b].elements[i]) : 0.f;
-    const bool changed = rule_.changed(y, old) && site_[b] >= 0;
-    if (changed && valid) store_vector(acc_at(site_[b]), rule_.count, p_.acc_aligned, y);
-    return changed && rule_.size > 0.f;
-  }
-
-  // A site of several groups counts once: whoever marks its entry first counts it.
-  __device__ int mark(const bool (&written)[kBatch]) const {
-    if (threadIdx.x % kGroupLanes != 0) return 0;
-    const bool alone = p_.out.acc.c <= kTruncationGroup;
-    unsigned before[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      before[b] = 0;
-      if (!written[b]) continue;
+    if (rule_.changed(y, old) && valid) {
+      store_vector(acc_at(site_[b]), rule_.count, p_.acc_aligned, y);
       p_.out.mask.data[site_[b]] = 1;
-      if (!alone)
-        before[b] = atomicOr(reinterpret_cast<unsigned*>(p_.list.entries) + rows_.entry + row_[b],
-                             kActiveBit);
     }
-    int found = 0;
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) found += written[b] && (before[b] & kActiveBit) == 0;
-    return found;
   }
 
   const GemmParams& p_;

@@ -141,10 +141,8 @@ __device__ __forceinline__ void conv_gemm_tiles(const GemmParams& p) {
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
   extern __shared__ __align__(128) char stages[];
   __shared__ GemmRow<T> rows[kRows];
-  __shared__ int active_total;
   const int tid = static_cast<int>(threadIdx.x);
   const int channels = static_cast<int>(p.out.acc.c);
-  if (tid == 0) active_total = 0;
   wait_for_inputs();
   const int first_entry = p.list.first(), size = p.list.last() - first_entry;
   if (size == 0) return;
@@ -163,7 +161,6 @@ __device__ __forceinline__ void conv_gemm_tiles(const GemmParams& p) {
   const int last_step = split ? steps * (rank + 1) / parts : steps;
   float* results = reinterpret_cast<float*>(stages);
   const auto stages_address = static_cast<uint32_t>(__cvta_generic_to_shared(stages));
-  int found = 0;
 
   for (int tile = split ? static_cast<int>(blockIdx.x) / parts : static_cast<int>(blockIdx.x);
        tile < tiles; tile += stride) {
@@ -171,7 +168,7 @@ __device__ __forceinline__ void conv_gemm_tiles(const GemmParams& p) {
               first_column = tile % column_tiles * kColumns;
     for (int r = tid; r < kRows; r += kThreads) {
       const int i = first_row + r;
-      rows[r] = GemmRow<T>(p, i < size ? site_in(p.list.entries[first_entry + i]) : -1);
+      rows[r] = GemmRow<T>(p, i < size ? p.list.entries[first_entry + i] : -1);
     }
     __syncthreads();
 
@@ -211,8 +208,7 @@ __device__ __forceinline__ void conv_gemm_tiles(const GemmParams& p) {
         }
       }
     }
-    GemmFinish<Traits> finish(
-        p, rows, {first_entry + first_row, own_first, own_rows, split ? parts : 1}, first_column);
+    GemmFinish<Traits> finish(p, rows, {own_first, own_rows, split ? parts : 1}, first_column);
     if constexpr (kAhead) wait_for_copies<0>();
     __syncthreads();
     if constexpr (Traits::kParts)
@@ -223,16 +219,12 @@ __device__ __forceinline__ void conv_gemm_tiles(const GemmParams& p) {
       cluster_sync();
     else
       __syncthreads();
-    found += finish.run(results, stages_address);
+    finish.run(results, stages_address);
     if (split)
       cluster_sync();
     else
       __syncthreads();
   }
-
-  if (found > 0) atomicAdd(&active_total, found);
-  __syncthreads();
-  if (tid == 0 && active_total > 0) add_to(p.out.counts + 1, active_total);
 }
 
 template <class Traits>

@@ -49,7 +49,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
   constexpr int kStages = Traits::kStages;
   extern __shared__ char dynamic[];
-  __shared__ int active;                      // sites that the block was the first to write
   __shared__ uint64_t barriers[kStages + 1];  // of the stages; of the sums from other blocks
   __shared__ HopperRow rows[kRows];
   __shared__ __align__(16) ColumnConstants<kColumns> constants;
@@ -87,7 +86,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     return wrap(first_stage(own_end - own_step) + step - own_step);
   };
   if (tid == 0) {
-    active = 0;
     for (int stage = 0; stage <= kStages; ++stage) init_barrier(barrier_of(stage));
     publish_barriers();
     for (int step = own_step; step < early; ++step) load_weights(step, early_stage(step));
@@ -151,7 +149,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   int exchanges = 0;
   uint32_t phases = 0;  // of the stages' barriers, a bit each
   bool first = true;
-  SiteMarks marks;
 
 #pragma unroll 1
   for (int tile = split ? worker >> part_bits : worker; tile < tiles;
@@ -175,9 +172,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       const int i = first_row + tid;
       if (i != guess && i < size) entry = p.list.entries[first_entry + i];
       if constexpr (Traits::kPoints)
-        rows[tid] = i < size ? HopperRow::point(p, site_in(entry)) : HopperRow::none();
+        rows[tid] = i < size ? HopperRow::point(p, entry) : HopperRow::none();
       else
-        rows[tid] = HopperRow(p, i < size ? site_in(entry) : -1);
+        rows[tid] = HopperRow(p, i < size ? entry : -1);
     }
     __syncthreads();
 
@@ -284,12 +281,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     const int local = lane % 4 * kVector;
     const bool written = unit.template finish<2>(p, act, threshold, c, constants.bias + local,
                                                  constants.scale + local, y);
-    if (written && lane % 4 == 0) marks.set(p, unit.site, first_entry + first_row + own_row);
+    if (written) p.out.mask.data[unit.site] = 1;
   }
-  const int found = __reduce_add_sync(kAllLanes, marks.count());
-  if (lane == 0 && found > 0) atomicAdd(&active, found);
-  __syncthreads();
-  if (tid == 0 && active > 0) add_to(p.out.counts + 1, active);
 #endif
 }
 

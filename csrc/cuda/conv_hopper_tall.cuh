@@ -14,7 +14,6 @@
 #include "cuda/conv_hopper_finish.cuh"
 #include "cuda/conv_hopper_gather.cuh"
 #include "cuda/conv_hopper_launch.cuh"
-#include "cuda/conv_query.cuh"
 #include "cuda/hopper.cuh"
 
 namespace deltafx::cuda {
@@ -114,7 +113,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
   constexpr int kStages = Traits::kStages, kTiles = Traits::kTiles, kUnits = Traits::kUnits;
   extern __shared__ char dynamic[];
-  __shared__ int active;                      // sites that the block was the first to write
   __shared__ uint64_t barriers[kStages + 1];  // of the stages; of the sums from other blocks
   __shared__ TallRow rows[kTiles][kRows];
   __shared__ int sites[kTiles][kRows];
@@ -131,7 +129,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const char* weight = static_cast<const char*>(p.weight) +
                        static_cast<int64_t>(blockIdx.y) * steps * Traits::kBlockBytes;
   if (tid == 0) {
-    active = 0;
     for (uint64_t& barrier : barriers) init_barrier(shared_address(&barrier));
     publish_barriers();
     const int all = steps * Traits::kBlockBytes, shares = static_cast<int>(gridDim.x);
@@ -157,7 +154,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   // Works out rows of `own_tile` for slot `slot`, and reads the entries for this thread's next.
   const auto make_rows = [&](int slot) {
     const bool valid = own_tile * kRows + own_row < size;
-    const HopperRow row(p, valid ? site_in(entry) : -1);
+    const HopperRow row(p, valid ? entry : -1);
     rows[slot][own_row] = {row.from, row.taps};
     sites[slot][own_row] = row.site;
     own_tile += 2 * blocks;
@@ -207,7 +204,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const int unit_bits = 31 - __clz(kUnits * kThreads) - part_bits, own_units = 1 << unit_bits;
   const uint32_t matrices = matrix_low(stages);
   const uint32_t own_rows = tid / 128 * 64 * kRowBytes / 16;
-  SiteMarks marks;
   int slot = 0;
 #pragma unroll 1
   for (int tile = block; tile < tiles; tile += blocks, slot = (slot + 1) % kTiles) {
@@ -260,8 +256,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
         for (int i = 0; i < 2 * kVector; ++i) y[i] = sum(k, i);
         const bool written = units[k].template finish<1>(
             p, act, threshold, c, constants.bias + local, constants.scale + local, y);
-        if (written && lane % 4 == 0)
-          marks.set(p, units[k].site, first_entry + tile * kRows + unit_row + 8 * k);
+        if (written) p.out.mask.data[units[k].site] = 1;
       }
     } else {
       // Each sum goes to the block that finishes its unit, which adds the blocks' up in their
@@ -297,8 +292,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
         }
         const bool written = units[0].template finish<2>(
             p, act, threshold, c, constants.bias + local, constants.scale + local, y);
-        if (written && lane % 4 == 0)
-          marks.set(p, units[0].site, first_entry + tile * kRows + split_row);
+        if (written) p.out.mask.data[units[0].site] = 1;
       }
       load_tile += blocks;
       if (load_tile >= tiles) break;
@@ -310,10 +304,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       load_first();
     }
   }
-  const int found = __reduce_add_sync(kAllLanes, marks.count());
-  if (lane == 0 && found > 0) atomicAdd(&active, found);
-  __syncthreads();
-  if (tid == 0 && active > 0) add_to(p.out.counts + 1, active);
 #endif
 }
 

@@ -1,4 +1,4 @@
-// Which output sites of a convolution are candidates, and how those that changed are marked.
+// Which output sites of a convolution are candidates.
 #pragma once
 
 #include "cuda/conv_gemm.h"
@@ -272,33 +272,6 @@ struct PointQuery : ConvQuery {
   using ConvQuery::ConvQuery;
   static constexpr bool is_pointwise() { return true; }
   static constexpr bool is_small() { return false; }
-};
-
-// Marks sites of which a thread wrote a group, and counts them. A site of several groups counts
-// once, for whoever marks it first: in the list, or in the mask, if there is no list.
-// What was there before is asked for at one mark and looked at with the next, as it takes a while.
-class SiteMarks {
- public:
-  __device__ void set(const GemmParams& p, int site, int entry) {
-    found_ += before_ & bit_ ? 0 : 1;
-    uint8_t* mask = p.out.mask.data + site;
-    const auto address = reinterpret_cast<uintptr_t>(mask);
-    before_ = 0;
-    bit_ = 1u << (address % 4 * 8);
-    if (p.lists_itself && p.out.acc.c > kTruncationGroup) {
-      before_ = atomicOr(reinterpret_cast<unsigned*>(address - address % 4), bit_);
-      return;
-    }
-    *mask = 1;
-    if (p.out.acc.c <= kTruncationGroup) return;
-    bit_ = kActiveBit;
-    before_ = atomicOr(reinterpret_cast<unsigned*>(p.list.entries) + entry, kActiveBit);
-  }
-  __device__ int count() const { return found_ + (before_ & bit_ ? 0 : 1); }
-
- private:
-  int found_ = 0;
-  unsigned before_ = 1, bit_ = 1;  // no mark yet
 };
 
 }  // namespace deltafx::cuda

@@ -38,17 +38,6 @@ __device__ __forceinline__ void work_out(Ints... numbers) {
   if ((numbers | ...) < 0) __trap();
 }
 
-// The sum over a warp, for all of its threads.
-__device__ __forceinline__ int sum_over_warp(int v) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_add_sync(kAllLanes, v);
-#else
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
-  return v;
-#endif
-}
-
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }

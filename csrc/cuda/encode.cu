@@ -17,19 +17,12 @@ struct EncodeLaunch {
   bool aligned;           // the accumulator, for whole vectors
 };
 
-// Counts all sites as candidates, and the block's active ones, `found` by a thread.
-__device__ __forceinline__ void count_sites(const Output& out, int found) {
-  __shared__ int total;
-  if (threadIdx.x == 0) total = 0;
-  __syncthreads();
-  if (found > 0) atomicAdd(&total, found);
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  if (blockIdx.x == 0) out.counts[0] = out.acc.n * out.acc.h * out.acc.w;
-  if (total > 0) add_to(out.counts + 1, total);
-}
-
 __device__ __forceinline__ int64_t sites_of(const FeatureMap& map) { return map.n * map.h * map.w; }
+
+// Counts all sites as candidates.
+__device__ __forceinline__ void count_candidates(const Output& out) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) out.counts[0] = sites_of(out.acc);
+}
 
 template <class S>
 __device__ __forceinline__ const S* frame_at(const EncodeParams& p, const Position& at) {
@@ -46,11 +39,11 @@ __global__ void __launch_bounds__(kThreads)
     narrow_kernel(const __grid_constant__ EncodeLaunch launched) {
   const EncodeParams& p = launched.p;
   wait_for_inputs();
+  count_candidates(p.out);
   const FeatureMap& acc = p.out.acc;
   const Truncation& truncation = p.out.truncation;
   const int64_t site = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int c = static_cast<int>(acc.c);
-  bool changed = false;
   if (site < sites_of(acc)) {
     const S* x = frame_at<S>(p, position_in(acc, static_cast<int>(site)));
     T* row = static_cast<T*>(acc.data) + site * acc.ld;
@@ -70,10 +63,11 @@ __global__ void __launch_bounds__(kThreads)
       beyond |= !(fabsf(scaled) <= t);
       total += scaled * scaled;
     }
-    changed = !compare                           ? true
-              : t == 0.f                         ? differs
-              : truncation.policy == Policy::rms ? !(total <= t * t * static_cast<float>(c))
-                                                 : beyond;
+    const bool changed = !compare   ? true
+                         : t == 0.f ? differs
+                         : truncation.policy == Policy::rms
+                             ? !(total <= t * t * static_cast<float>(c))
+                             : beyond;
     if (changed) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
@@ -81,7 +75,6 @@ __global__ void __launch_bounds__(kThreads)
       p.out.mask.data[site] = 1;
     }
   }
-  count_sites(p.out, changed);
 }
 
 // Many channels: a warp a site.
@@ -90,10 +83,10 @@ __global__ void __launch_bounds__(kThreads)
     wide_kernel(const __grid_constant__ EncodeLaunch launched) {
   const EncodeParams& p = launched.p;
   wait_for_inputs();
+  count_candidates(p.out);
   const FeatureMap& acc = p.out.acc;
   const int64_t site = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
   const int c = static_cast<int>(acc.c), lane = threadIdx.x % 32;
-  int found = 0;
   if (site < sites_of(acc)) {
     const S* x = frame_at<S>(p, position_in(acc, static_cast<int>(site)));
     bool active = false;
@@ -104,12 +97,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kVector; ++i) y[i] = i < count ? to_float(x[(c0 + i) * p.stride_c]) : 0.f;
       active |= update_group<T>(p.out, launched.aligned, static_cast<int>(site), c0, count, y);
     }
-    if (__any_sync(kAllLanes, active) && lane == 0) {
-      p.out.mask.data[site] = 1;
-      found = 1;
-    }
+    if (active) p.out.mask.data[site] = 1;
   }
-  count_sites(p.out, found);
 }
 
 // How far four channels of a site, as they would be stored, are from its accumulator.
@@ -147,13 +136,13 @@ __global__ void __launch_bounds__(kThreads)
   const EncodeParams& p = launched.p;
   const int rows = launched.rows.value, columns = launched.columns.value;
   wait_for_inputs();
+  count_candidates(p.out);
   using Four = FourChannels<S, T>;
   const FeatureMap& acc = p.out.acc;
   const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
   const int c = static_cast<int>(acc.c), lane = threadIdx.x % 32;
   const int block = static_cast<int>(p.block), pitch = static_cast<int>(acc.ld);
   const bool whole = pitch == 4 && reinterpret_cast<uintptr_t>(acc.data) % 8 == 0;
-  int found = 0;
   if (index < acc.n * rows * columns) {
     const Position square = position_of(static_cast<int>(index), rows, columns);
     const int y0 = square.y * block, x0 = square.x * block;
@@ -178,7 +167,6 @@ __global__ void __launch_bounds__(kThreads)
       T* row = data + static_cast<int64_t>(site) * pitch;
       for (int k = 0; k < c; ++k) row[k] = from_float<T>(to_float(x[k * p.stride_c]));
       p.out.mask.data[first + site] = 1;
-      ++found;
     };
     if (t == 0.f) {
       for_sites([&](int site, const S* x) {
@@ -207,7 +195,6 @@ __global__ void __launch_bounds__(kThreads)
       if (!(total <= t * t * static_cast<float>(size * c))) for_sites(write);
     }
   }
-  count_sites(p.out, found);
 }
 
 // The same for images in half precision whose rows are whole vectors, and squares of 8 or 16 sites
@@ -273,6 +260,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kPairs = kSquare * kAcross / 32, kVectors = kSquare * kFrameAcross / 32;
   __shared__ uint4 staged[kThreads / 32][kVectors * 32];
   wait_for_inputs();
+  count_candidates(p.out);
   const FeatureMap& acc = p.out.acc;
   const int h = static_cast<int>(acc.h), w = static_cast<int>(acc.w), lane = threadIdx.x % 32;
   const int index = static_cast<int>((blockIdx.x * kThreads + threadIdx.x) / 32);
@@ -332,7 +320,6 @@ __global__ void __launch_bounds__(kThreads)
     total += __shfl_xor_sync(kAllLanes, total, step);
 #pragma unroll
   for (int step = kAcross; step < 32; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
-  int found = 0;
   if (t == 0.f) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
@@ -344,7 +331,6 @@ __global__ void __launch_bounds__(kThreads)
         old[i].take(sites, s);
         reinterpret_cast<uint2*>(to)[i * down + s] = old[i].sites[s];
         p.out.mask.data[first + i * down + s] = 1;
-        ++found;
       }
     }
   } else {
@@ -358,11 +344,9 @@ __global__ void __launch_bounds__(kThreads)
         for (int s = 0; s < kSites; ++s) old[i].take(sites, s);
         to[i * down / kSites] = old[i].word;
         *reinterpret_cast<uint16_t*>(p.out.mask.data + first + i * down) = 0x0101;
-        found += kSites;
       }
     }
   }
-  count_sites(p.out, found);
 }
 
 // Whether image_kernel takes it.

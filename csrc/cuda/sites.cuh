@@ -57,27 +57,13 @@ struct SiteLaunch {
     return std::max(1, a_multiprocessor * current_device().multiprocessors / columns);
   }
   // Without a list, where a block's own candidates are about what it works on at a time: more are
-  // more even by a list. Not in a slice, whose mask others mark as well and may be the input's.
-  // Sites of several columns are counted in the mask, and written by one block while another looks.
+  // more even by a list. Not in a slice, whose mask may be the input's: no block may mark what
+  // another reads. Sites of several columns are written by one block while another looks.
   template <class Query>
   bool can_share(const Query& query) const {
     return out.acc.ld == out.acc.c && out.acc.w <= Shares::kMostWidth &&
-           (columns == 1 || (out.mask.in_words && !reads_result(query, 0))) &&
+           (columns == 1 || !reads_result(query, 0)) &&
            blocks(kSiteBlocks) * per_block() >= expected_candidates(out.acc);
-  }
-  // Marks a site, the list's `entry` if there is one; true: nobody else has in this launch.
-  template <bool kListsItself>
-  __device__ bool mark(int site, int entry) const {
-    uint8_t* mask = out.mask.data + site;
-    if (kListsItself && columns > 1) {
-      const auto address = reinterpret_cast<uintptr_t>(mask);
-      const unsigned bit = 1u << (address % 4 * 8);
-      return (atomicOr(reinterpret_cast<unsigned*>(address - address % 4), bit) & bit) == 0;
-    }
-    *mask = 1;
-    return columns == 1 ||
-           (atomicOr(reinterpret_cast<unsigned*>(list.entries) + entry, kActiveBit) & kActiveBit) ==
-               0;
   }
 };
 
@@ -89,13 +75,11 @@ __global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
                  const __grid_constant__ F f) {
   constexpr bool kListsItself = !std::is_same_v<Query, Listed>;
   __shared__ int listed[kListsItself ? kListedSites : 1];
-  __shared__ int active_total;
   const int tid = static_cast<int>(threadIdx.x), share = static_cast<int>(blockIdx.x);
   const int lane = tid % p.lanes, team = tid % 32 / p.lanes, per_warp = 32 / p.lanes;
   const int c0 = (static_cast<int>(blockIdx.y) * p.lanes + lane) * kVector;
   const int count = min(kVector, static_cast<int>(p.out.acc.c) - c0);
   const bool compares = p.out.truncation.policy != Policy::none;
-  if (tid == 0) active_total = 0;
   OwnCandidates<kSiteThreads, Query> own(query, p.shares, share);
   wait_for_inputs();
   int size, first_entry = 0;
@@ -113,7 +97,6 @@ __global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
   const int blocks = kListsItself ? 1 : static_cast<int>(gridDim.x);  // that share a list
   const int step = blocks * (kSiteThreads / 32) * per_warp;
   const int at_a_time = kListsItself ? kListedSites : size;
-  int found = 0;
 #pragma unroll 1
   for (int from = 0; from < size; from += at_a_time) {
     if constexpr (kListsItself) own.list(from, listed);
@@ -124,7 +107,7 @@ __global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
       const int entry = i + team;
       const bool valid = entry < here && count > 0;
       int site = 0;
-      if (valid) site = kListsItself ? listed[entry] : site_in(p.list.entries[first_entry + entry]);
+      if (valid) site = kListsItself ? listed[entry] : p.list.entries[first_entry + entry];
       T* const to = static_cast<T*>(p.out.acc.data) + site * p.out.acc.ld + c0;
       float y[kVector] = {}, old[kVector] = {};
       Packet<T> before;  // on its way while the op reads its inputs
@@ -141,17 +124,12 @@ __global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
       }
       round_to<T>(y, valid ? count : 0);
       const GroupRule rule(p.out, c0, count);  // here, where registers are free for it
-      const bool active = rule.changed(y, old) && valid;
-      if (active) store_vector(to, count, p.aligned, y);
-      const unsigned ballot = __ballot_sync(kAllLanes, active) >> (team * p.lanes);
-      const bool any = (p.lanes == 32 ? ballot : ballot & ((1u << p.lanes) - 1)) != 0;
-      if (any && valid && lane == 0 && p.template mark<kListsItself>(site, first_entry + entry))
-        ++found;
+      if (rule.changed(y, old) && valid) {
+        store_vector(to, count, p.aligned, y);
+        p.out.mask.data[site] = 1;
+      }
     }
   }
-  if (found > 0) atomicAdd(&active_total, found);
-  __syncthreads();
-  if (tid == 0 && active_total > 0) add_to(p.out.counts + 1, active_total);
 }
 
 template <class T, class Query, class F>

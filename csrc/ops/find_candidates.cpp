@@ -92,7 +92,6 @@ bool conv2d_bears_list(const Tensor& acc, const Tensor& x, const OptionalTensor&
                        at::IntArrayRef dilation, int64_t groups, double wider, c10::Device device) {
   ConvParams p{};
   p.out.acc = feature_map(acc, "acc");
-  p.out.mask.in_words = true;
   p.x = feature_map(x, "x");
   if (residual.has_value()) p.residual = feature_map(*residual, "residual");
   p.geometry = {window_of(kernel, stride, padding, dilation, 0),

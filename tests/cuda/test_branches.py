@@ -69,6 +69,9 @@ def test_the_branch_follows_how_much_changed(dtype: torch.dtype) -> None:
         work = sum(n.candidates for name, n in stats.nodes.items() if "input" not in name)
         assert (work == 0) == (branch == "nothing")
         assert (stats.flop_fraction == 1) == (branch == "dense")
+        for name, node in stats.nodes.items():
+            assert node.active == int(model.update_mask(name).sum()), name
+            assert node.active == node.sites or branch != "dense", name
     oracle.check()
 
 
