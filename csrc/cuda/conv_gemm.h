@@ -20,9 +20,9 @@ struct GemmAxis {
   }
 };
 
-// How candidates are found: words of the masks are words of flags; windows of up to 3x3
-// neighbours, where eight sites' taps lie in three words of a row; others.
-enum class Windows { points, small, any };
+// How candidates are found: words of the masks are words of flags; windows of neighbours, of up to
+// 3x3 or 8x8, where eight sites' taps lie in three or four words of a row; others.
+enum class Windows { points, small, wide, any };
 
 struct GemmParams {
   Output out;

@@ -27,7 +27,10 @@ struct ConvQuery {
   ConvQuery(const Mask& x_mask, const Mask& residual_mask, const GemmAxis& y, const GemmAxis& x_of,
             const int32_t* active_streams)
       : x(x_mask), residual(residual_mask), y_axis(y), x_axis(x_of), streams(active_streams) {
-    windows = are_points() ? Windows::points : are_small() ? Windows::small : Windows::any;
+    windows = are_points()                   ? Windows::points
+              : are_in_words(kSmall, kSmall) ? Windows::small
+              : are_in_words(kWide, 4)       ? Windows::wide
+                                             : Windows::any;
   }
   // Of a kernel that finds its candidates itself.
   __device__ explicit ConvQuery(const GemmParams& p)
@@ -71,11 +74,13 @@ struct ConvQuery {
     return bytes;
   }
 
-  // Whether small_window answers for eight sites.
-  __device__ bool is_small() const { return windows == Windows::small; }
+  // Whether flags_at answers for eight sites.
+  __device__ bool has_places() const {
+    return windows == Windows::small || windows == Windows::wide;
+  }
 
   __device__ uint32_t flags(Position at, int count) const {
-    if (is_small()) return small_window(place(at)) & ((1u << count) - 1);
+    if (has_places()) return flags_at(place(at)) & ((1u << count) - 1);
     uint32_t found = 0;
     if (y_axis.transposed || streams != nullptr || x_axis.stride > 2) {
 #pragma unroll 1
@@ -129,56 +134,30 @@ struct ConvQuery {
     return bits_of(bytes) & ((1u << count) - 1);
   }
 
-  // Where the taps of eight sites lie in the masks, for small windows: which of three words of
-  // three rows there are, and that tap 0 of the first site is byte `shift` of the first.
+  // Where the taps of eight sites lie in the masks: which words of which rows there are, and that
+  // tap 0 of the first site is byte `shift` of the first.
   struct Place {
     const uint2 *from, *own;
-    int inside, shift;
+    int rows, columns, shift;
   };
   __device__ __forceinline__ Place place(const Position& at) const {
     const int h = static_cast<int>(x.h), w = static_cast<int>(x.w) >> 3;
     const int top = at.y * y_axis.stride + y_axis.phase.offset;
     const int left = at.x * x_axis.stride + x_axis.phase.offset, first = left >> 3;
-    int columns = 0, inside = 0;
-#pragma unroll
-    for (int k = 0; k < kWords; ++k)
-      if (static_cast<unsigned>(first + k) < static_cast<unsigned>(w)) columns |= 1 << k;
-#pragma unroll
-    for (int j = 0; j < kRows; ++j)
-      if (j < y_axis.phase.taps && static_cast<unsigned>(top + j) < static_cast<unsigned>(h))
-        inside |= columns << (j * kWords);
+    // The rows from max(top, 0) up to min(top + taps, h), the words of a row likewise.
+    const int rows = bits_between(-top, min(y_axis.phase.taps, h - top));
+    const int columns = bits_between(-first, min(4, w - first));
     const auto own = static_cast<int64_t>(at.n * static_cast<int>(residual.h) + at.y) *
                          static_cast<int>(residual.w) +
                      at.x;
     return {
         reinterpret_cast<const uint2*>(x.data) + static_cast<int64_t>(at.n * h + top) * w + first,
         residual.data == nullptr ? nullptr : reinterpret_cast<const uint2*>(residual.data + own),
-        inside, left & 7};
+        rows, columns, left & 7};
   }
-  // The flags of eight sites. All words are asked for together, and from then on a byte of the mask
-  // is a bit.
-  __device__ __forceinline__ uint32_t small_window(const Place& place) const {
-    const int w = static_cast<int>(x.w) >> 3;
-    uint2 words[kRows][kWords], own = make_uint2(0, 0);
-#pragma unroll
-    for (int j = 0; j < kRows; ++j) {
-#pragma unroll
-      for (int k = 0; k < kWords; ++k) {
-        words[j][k] = make_uint2(0, 0);
-        if (place.inside >> (j * kWords + k) & 1) words[j][k] = place.from[j * w + k];
-      }
-    }
-    if (place.own != nullptr) own = *place.own;
-    uint32_t bits = 0;
-#pragma unroll
-    for (int k = 0; k < kWords; ++k) {
-      const uint2 v = make_uint2(words[0][k].x | words[1][k].x | words[2][k].x,
-                                 words[0][k].y | words[1][k].y | words[2][k].y);
-      bits |= bits_of(v) << (8 * k);
-    }
-    bits >>= place.shift;
-    bits |= (x_axis.phase.taps > 1 ? bits >> 1 : 0) | (x_axis.phase.taps > 2 ? bits >> 2 : 0);
-    return (x_axis.stride == 2 ? even_bits(bits) : bits) | bits_of(own);
+  __device__ __forceinline__ uint32_t flags_at(const Place& place) const {
+    return windows == Windows::small ? flags_of_words<kSmall, kSmall>(place)
+                                     : flags_of_words<kWide, 4>(place);
   }
 
  private:
@@ -243,7 +222,43 @@ struct ConvQuery {
     }
     return found;
   }
-  static constexpr int kRows = 3, kWords = 3;
+  static constexpr int kSmall = 3, kWide = 8;  // taps of an axis
+
+  // Bits `begin`, if it is not negative, to end - 1; none of 32 or above.
+  static __device__ __forceinline__ int bits_between(int begin, int end) {
+    const int below = (1 << max(begin, 0)) - 1;
+    return end > 0 ? ((1 << end) - 1) & ~below : 0;
+  }
+  // All words are asked for together, and from then on a byte of the mask is a bit.
+  template <int kRows, int kWords>
+  __device__ __forceinline__ uint32_t flags_of_words(const Place& place) const {
+    const int w = static_cast<int>(x.w) >> 3, taps = x_axis.phase.taps;
+    uint2 words[kRows][kWords], own = make_uint2(0, 0);
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) {
+        words[j][k] = make_uint2(0, 0);
+        if ((place.rows >> j & place.columns >> k & 1) != 0) words[j][k] = place.from[j * w + k];
+      }
+    }
+    if (place.own != nullptr) own = *place.own;
+    uint32_t bits = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+      uint2 any = words[0][k];
+#pragma unroll
+      for (int j = 1; j < kRows; ++j)
+        any = make_uint2(any.x | words[j][k].x, any.y | words[j][k].y);
+      bits |= bits_of(any) << (8 * k);
+    }
+    bits >>= place.shift;
+    // Tap after tap to the left, by doubling.
+    if (taps > 1) bits |= bits >> 1;
+    if (taps > 2) bits |= bits >> min(2, taps - 2);
+    if (kRows > 4 && taps > 4) bits |= bits >> (taps - 4);
+    return (x_axis.stride == 2 ? even_bits(bits) : bits & 0xff) | bits_of(own);
+  }
 
   static bool at_word(const Mask& mask) {
     return (mask.w | static_cast<int64_t>(reinterpret_cast<uintptr_t>(mask.data))) % 8 == 0;
@@ -253,10 +268,13 @@ struct ConvQuery {
            x_axis.stride == 1 && y_axis.pad == 0 && x_axis.pad == 0 && !y_axis.transposed &&
            at_word(x) && reinterpret_cast<uintptr_t>(residual.data) % 8 == 0;
   }
-  bool are_small() const {
-    return y_axis.phase.taps <= kRows && x_axis.phase.taps <= 3 && y_axis.phase.step == 1 &&
+  // Whether the windows are of up to `most` neighbours along an axis, and eight sites' taps, in
+  // which the first is byte 7 at most of its word, lie in so many words.
+  bool are_in_words(int most, int words) const {
+    return y_axis.phase.taps <= most && x_axis.phase.taps <= most && y_axis.phase.step == 1 &&
            x_axis.phase.step == 1 && x_axis.stride <= 2 && !y_axis.transposed &&
-           streams == nullptr && at_word(x) && (residual.data == nullptr || at_word(residual));
+           7 + 7 * x_axis.stride + x_axis.phase.taps <= 8 * words && streams == nullptr &&
+           at_word(x) && (residual.data == nullptr || at_word(residual));
   }
   // Bit i of the lower byte: bit 2 * i.
   static __device__ __forceinline__ uint32_t even_bits(uint32_t v) {
@@ -271,7 +289,7 @@ struct ConvQuery {
 struct PointQuery : ConvQuery {
   using ConvQuery::ConvQuery;
   static constexpr bool is_pointwise() { return true; }
-  static constexpr bool is_small() { return false; }
+  static constexpr bool has_places() { return false; }
 };
 
 }  // namespace deltafx::cuda

@@ -44,7 +44,7 @@ struct Shares {
 };
 
 // Whether a query answers for whole runs: is_pointwise() and eight_sites(), where a run is eight
-// bytes of its masks; is_small(), place() and small_window(), where it is a few words of them.
+// bytes of its masks; has_places(), place() and flags_at(), where it is a few words of them.
 template <class Query, class = void>
 struct RunAnswers {
   static constexpr bool kHas = false;
@@ -81,9 +81,9 @@ class OwnCandidates {
     turn_to(0);
     work_out(has_run_, run_, row_, n_);
     if constexpr (kAnswers) {
-      if (!query.is_small()) return;
+      if (!query.has_places()) return;
       place_ = query.place(first_site());
-      work_out(place_.inside, place_.shift,
+      work_out(place_.rows, place_.columns, place_.shift,
                static_cast<int>(reinterpret_cast<uintptr_t>(place_.from) >> 33));
     }
   }
@@ -166,8 +166,8 @@ class OwnCandidates {
     const Position at = first_site();
     const int count = min(kFlags, shares_.w - at.x);
     if constexpr (kAnswers)
-      if (query_.is_small())
-        return query_.small_window(k == 0 ? place_ : query_.place(at)) & ((1u << count) - 1);
+      if (query_.has_places())
+        return query_.flags_at(k == 0 ? place_ : query_.place(at)) & ((1u << count) - 1);
     return flags_of(query_, at, count, 0);
   }
   template <int kUsed>
