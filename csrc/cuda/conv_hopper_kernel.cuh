@@ -262,8 +262,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       }
     }
     const int local = lane % 4 * kVector;
-    const bool written =
-        unit.template finish<2>(p, act, threshold, c, constants.bias + local, constants.scale + local, y);
+    const bool written = unit.template finish<2>(p, act, threshold, c, constants.bias + local,
+                                                 constants.scale + local, y);
     if (written && lane % 4 == 0) marks.set(p, unit.site, first_entry + first_row + own_row);
   }
   const int found = __reduce_add_sync(kAllLanes, marks.count());

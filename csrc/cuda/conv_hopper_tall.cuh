@@ -258,8 +258,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
         float y[2 * kVector];
 #pragma unroll
         for (int i = 0; i < 2 * kVector; ++i) y[i] = sum(k, i);
-        const bool written = units[k].template finish<1>(p, act, threshold, c, constants.bias + local,
-                                             constants.scale + local, y);
+        const bool written = units[k].template finish<1>(
+            p, act, threshold, c, constants.bias + local, constants.scale + local, y);
         if (written && lane % 4 == 0)
           marks.set(p, units[k].site, first_entry + tile * kRows + unit_row + 8 * k);
       }
@@ -295,8 +295,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
             y[4 * four + 2] += v.z, y[4 * four + 3] += v.w;
           }
         }
-        const bool written = units[0].template finish<2>(p, act, threshold, c, constants.bias + local,
-                                             constants.scale + local, y);
+        const bool written = units[0].template finish<2>(
+            p, act, threshold, c, constants.bias + local, constants.scale + local, y);
         if (written && lane % 4 == 0)
           marks.set(p, units[0].site, first_entry + tile * kRows + split_row);
       }

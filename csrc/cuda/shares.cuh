@@ -15,7 +15,7 @@
 namespace deltafx::cuda {
 
 struct Shares {
-  static constexpr int kRuns = 1024;  // of a share, at most
+  static constexpr int kRuns = 1024;          // of a share, at most
   static constexpr int kMostWidth = 1 << 14;  // of a map
 
   int count;
@@ -137,8 +137,7 @@ class OwnCandidates {
   template <int kRoom>
   __device__ __forceinline__ void list(int from, int (&sites)[kRoom]) const {
     __syncthreads();
-    each(from, from + kRoom,
-         [&](int i, int row, int x) { sites[i - from] = row * shares_.w + x; });
+    each(from, from + kRoom, [&](int i, int row, int x) { sites[i - from] = row * shares_.w + x; });
   }
 
  private:

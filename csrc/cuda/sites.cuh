@@ -124,9 +124,7 @@ __global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
       const int entry = i + team;
       const bool valid = entry < here && count > 0;
       int site = 0;
-      if (valid)
-        site = kListsItself ? listed[entry]
-                            : site_in(p.list.entries[first_entry + entry]);
+      if (valid) site = kListsItself ? listed[entry] : site_in(p.list.entries[first_entry + entry]);
       T* const to = static_cast<T*>(p.out.acc.data) + site * p.out.acc.ld + c0;
       float y[kVector] = {}, old[kVector] = {};
       Packet<T> before;  // on its way while the op reads its inputs
