@@ -87,7 +87,7 @@ def _is_in_row(node: fx.Node) -> bool:
     """Whether a node is an operator that others wait for in turn; the frame's own come before."""
     if delta_op(node) is None or not node.meta.get("delta") or BESIDE in node.meta:
         return False
-    return node.target is not encode or not is_frame(node.kwargs["x"])  # type: ignore[arg-type]
+    return node.target is not encode or not is_frame(node.kwargs["x"])
 
 
 def _move(node: fx.Node, source: fx.Node) -> None:
