@@ -9,7 +9,8 @@ Enters: the lowered graphs with their tensors, on a CUDA device. Leaves: a calla
 graph's own function, which costs a launch instead of hundreds. The first frames run without one,
 so that everything that is set up once is; then one is captured. Frames are compared where they are,
 by a graph that is told their address; those that are read by more than one comparison are copied
-into memory of the graph's own, and results out of it. Nothing waits for the device.
+into memory of the graph's own, and results out of it. Nothing waits for the device. In the lowered
+graph, calls that need not wait for one another run beside each other.
 
 All branches are evaluations of the same function on the same state, which each leaves valid: so a
 frame may take any branch, whatever the frames before it took, and the choice is one of cost alone.
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from typing_extensions import override
 
+from deltafx.beside import BesideInterpreter
 from deltafx.choose_ways import choose_ways
 from deltafx.errors import CudaGraphWarning, UnsupportedDeviceError
 from deltafx.ops.encode import is_frame
@@ -85,6 +87,7 @@ class FrameGraph:
     Attributes:
         failure: Why there is no graph, once that is known to be impossible; else `None`.
         no_branches: Why the graph has no branches, where it has none; else `None`.
+        beside: How many calls of the captured lowered graph run beside others.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class FrameGraph:
         self._state = torch.zeros(4, dtype=torch.int32, device=plan.device)
         self.failure: str | None = None
         self.no_branches: str | None = None
+        self.beside = 0
         self._eager = eager
         self._parts = split_frame(without_output_copies(graph))
         dense = split_frame(without_output_copies(everywhere)) if everywhere else self._parts
@@ -214,18 +218,17 @@ class FrameGraph:
 
     def _capture_whole(self) -> None:
         self._bodies = []
-        body = self._runner(self._parts.body)
 
         def frame() -> Any:
             self._run_head()
-            return body()
+            return self._run_body()
 
         direct = HANDS_OUT_GRAPHS and not self._random
         self._hold(*_record(frame, keep_graph=direct), direct=direct)
 
     def _capture_branches(self) -> None:
         """Captures the branches, then what comes before them; see csrc/cuda/branch.h."""
-        delta, outputs = _record(self._runner(self._parts.body), keep_graph=True)
+        delta, outputs = _record(self._run_body, keep_graph=True)
         self._bodies = [delta]
         try:
             if self._everywhere is not None:
@@ -278,6 +281,17 @@ class FrameGraph:
         head = _Head(fx.GraphModule(self._tensors, self._parts.head))
         head.run(*self._inputs)
         self._readers = head.readers
+
+    def _run_body(self) -> Any:
+        """Runs what is captured as the lowered graph's body."""
+        point = torch.classes.deltafx.CapturePoint
+        if not point.supported(self._state.device):
+            return self._runner(self._parts.body)()
+        module = fx.GraphModule(self._tensors, self._parts.body)
+        body = BesideInterpreter(module, functools.partial(point.here, self._state))
+        outputs = body.run(*self._inputs)
+        self.beside = body.count
+        return outputs
 
     def _record_everywhere(self, outputs: list[Any]) -> torch.cuda.CUDAGraph:
         assert self._everywhere is not None

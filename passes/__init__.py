@@ -1,6 +1,7 @@
 """The passes, in their order: one direction, no way back.
 
-    trace -> normalize -> fuse -> assign regions -> plan state -> share lists -> lower -> emit
+    trace -> normalize -> fuse -> assign regions -> plan state -> run beside -> share lists -> lower
+    -> emit
 
 Each pass is a file with one public function of the same name. A rewriting pass takes the graph
 module and the `Context`, changes the module in place and returns how many rewrites it did; a second
@@ -25,6 +26,7 @@ from deltafx.passes.lift_layouts import lift_layouts
 from deltafx.passes.match_shuffles import match_shuffles
 from deltafx.passes.plan_state import plan_state
 from deltafx.passes.raise_ops import raise_ops
+from deltafx.passes.run_beside import run_beside
 from deltafx.passes.share_lists import share_lists
 from deltafx.passes.split_volumes import split_volumes
 from deltafx.verify import verify
@@ -45,6 +47,7 @@ PIPELINE: tuple[tuple[Pass, str], ...] = (
     (fuse_separables, "raised"),  # must run last: both convolutions have all that they take
     (assign_regions, "assigned"),
     (plan_state, "planned"),
+    (run_beside, "planned"),  # must run before share_lists: these take no part in it
     (share_lists, "planned"),
 )
 """Each pass with the stage that the graph is in after it."""

@@ -4,7 +4,8 @@
     conv2d(x=x, ..., residual=r, act=f)
 
 and, where the convolution has an activation and the add has none, with `residual_after_act`. Of two
-convolutions the later one takes the add: the other's result is its residual.
+convolutions the one whose inputs are computed later takes the add: the other's result, which could
+be there before, is its residual.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def fuse_residuals(gm: fx.GraphModule, context: Context) -> int:
         if a is b or value(a).shape != value(b).shape:
             continue
         pairs = [(a, b), (b, a)]
-        pairs.sort(key=lambda p: -order[p[0]])
+        pairs.sort(key=lambda p: (_last_input(p[0], order), order[p[0]]), reverse=True)
         for conv, residual in pairs:
             if _takes(conv, node):
                 _fuse(gm, node, conv, residual)
@@ -40,6 +41,12 @@ def fuse_residuals(gm: fx.GraphModule, context: Context) -> int:
                 break
     clean(gm)
     return count
+
+
+def _last_input(node: fx.Node, order: dict[fx.Node, int]) -> int:
+    """Where in the graph all that a node reads is computed."""
+    inputs = (n for n in node.all_input_nodes if n.op != "get_attr")
+    return max((order[n] for n in inputs), default=-1)
 
 
 def _takes(conv: Any, add: fx.Node) -> bool:

@@ -6,7 +6,8 @@ Enters: the planned graph. Leaves: a new graph over the attributes of a state an
     deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, const_n_weight, ..., threshold_n)
 
 Where `share_lists` found several convolutions whose candidates are found at once, that is a call
-before the first of them. The masks are cleared first. Dense calls read accumulators as ordinary
+before the first of them. The calls of those that run beside others are marked as `run_beside` has
+them. The masks are cleared first. Dense calls read accumulators as ordinary
 tensors. What leaves the graph is copied where it is, or may show, an accumulator: the next frame
 must not change it.
 """
@@ -23,6 +24,7 @@ from deltafx.ops import DeltaOp, delta_op, is_view
 from deltafx.ops.base import constant
 from deltafx.ops.views import slice_channels
 from deltafx.passes.context import Context
+from deltafx.passes.run_beside import BESIDE
 from deltafx.passes.share_lists import FURTHER, LIST
 from deltafx.state import (
     COUNTS,
@@ -128,7 +130,8 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
         "listed": LIST in node.meta,
     }
     if lowering.plan.lists:
-        own["memory"] = lowering.attribute(list_name(node.meta.get(LIST, 0)))
+        number = node.meta.get(LIST, node.meta.get(BESIDE, 0))
+        own["memory"] = lowering.attribute(list_name(number))
     if node.meta["truncates"]:
         own["inv_scale"] = lowering.attribute(scale_name(node.name))
         own["threshold"] = lowering.attribute(threshold_name(node.name))
@@ -141,6 +144,8 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
     args = [own[a.name] if a.name in own else _absent(a) for a in schema.arguments]
     lowered = lowering.graph.call_function(op.operator, tuple(args))
     lowered.meta["lowered_from"] = node.name
+    if BESIDE in node.meta:
+        lowered.meta[BESIDE] = node.meta[BESIDE]
 
 
 def _find_candidates(lowering: _Lowering, node: fx.Node, given: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ candidates are found together, and the plan has further lists for that.
 No site of `b` is active that is no candidate of `b`, so list 1 holds all candidates of `c`. It may
 hold more, where `b` was truncated: sites that are computed and found unchanged. So it is for
 convolutions to which these cost less than the launch of a list. Two convolutions of the same
-windows need no more than their own candidates. CUDA only.
+windows need no more than their own candidates. Convolutions that run beside others find theirs for
+themselves. CUDA only.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, fx
 from deltafx.ops.base import constant
 from deltafx.ops.conv2d import conv2d
 from deltafx.passes.context import Context
+from deltafx.passes.run_beside import BESIDE
 from deltafx.state import StatePlan, list_room
 
 LIST, FURTHER = "list", "further_lists"
@@ -54,6 +56,7 @@ def share_lists(gm: fx.GraphModule, context: Context) -> int:
         return 0
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     rooms = dict(enumerate(plan.lists))
+    first = len(rooms)
     taken_until, count = -1, 0
     for node in gm.graph.nodes:
         if not _is_ours(node) or LIST in node.meta or order[node] <= taken_until:
@@ -62,7 +65,7 @@ def share_lists(gm: fx.GraphModule, context: Context) -> int:
         if not found:
             continue
         node.meta |= {LIST: 0, FURTHER: found}
-        for i, further in enumerate(found, 1):
+        for i, further in enumerate(found, first):
             further.node.meta[LIST] = i
             slot = plan.slots[plan.places[further.node.name].slot]
             rooms[i] = max(rooms.get(i, 0), list_room(slot.sites, slot.shape[0]))
@@ -165,7 +168,7 @@ def _is_sibling(reader: fx.Node, node: fx.Node) -> bool:
 
 
 def _is_ours(node: fx.Node) -> bool:
-    return node.target is conv2d and bool(node.meta.get("delta"))
+    return node.target is conv2d and bool(node.meta.get("delta")) and BESIDE not in node.meta
 
 
 def _window(node: fx.Node) -> tuple[list[int], list[int], list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""fuse_residuals: an add becomes part of the later of its convolutions."""
+"""fuse_residuals: an add becomes part of the convolution that is ready later."""
 
 import pytest
 import torch
@@ -54,12 +54,38 @@ def test_an_activation_before_the_add():
     assert node(gm, "conv2d").kwargs["residual_after_act"] is True
 
 
-def test_of_two_convolutions_the_later_takes_the_add():
-    net = tiny(lambda m, x: m.a(x) + m.b(x))
+@pytest.mark.parametrize(
+    ("f", "takes", "residual"),
+    [
+        (lambda m, x: m.a(x) + m.b(x), "b", "a"),
+        (lambda m, x: (lambda y: m.b(x) + y)(m.a(x)), "b", "a"),
+        (lambda m, x: m.a(x.sign()) + m.b(x), "a", "b"),
+        (lambda m, x: (lambda y, z: m.b(y) + m.a(z))(x.sign(), x.abs()), "a", "b"),
+        (lambda m, x: (lambda y, z: m.b(z) + m.a(y))(x.sign(), x.abs()), "b", "a"),
+    ],
+    ids=["one input", "the other way round", "earlier", "both", "both the other way round"],
+)
+def test_of_two_convolutions_the_one_that_is_ready_later_takes_the_add(f, takes, residual):
+    """The one whose inputs are computed later; of the same inputs the one that stands later."""
+    gm, count = rewritten(fuse_residuals, tiny(f), whole(1, 2, 4, 4))
+    assert count == 1
+    later = [n for n in gm.graph.nodes if "residual" in n.kwargs]
+    assert [(n.name, n.kwargs["residual"].name) for n in later] == [(takes, residual)]
+
+
+def test_the_convolution_of_a_shortcut_is_the_residual():
+    """As in ResNet, where it stands last but could be computed first."""
+
+    def block(m, x):
+        y = m.a(x.sign()).relu()
+        z = m.b(y)
+        return (z + m.c(x)).relu()
+
+    net = Tiny(block, a=nn.Conv2d(2, 2, 3, padding=1), b=nn.Conv2d(2, 2, 1), c=nn.Conv2d(2, 2, 1))
     gm, count = rewritten(fuse_residuals, net, whole(1, 2, 4, 4))
     assert count == 1
-    later = [n for n in gm.graph.nodes if n.kwargs][-1]
-    assert (later.name, later.kwargs["residual"].name) == ("b", "a")
+    (last,) = (n for n in gm.graph.nodes if "residual" in n.kwargs)
+    assert (last.name, last.kwargs["residual"].name) == ("b", "c")
 
 
 def test_chains_of_adds_fuse_one_by_one():
