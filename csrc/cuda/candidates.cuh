@@ -106,6 +106,56 @@ __device__ __forceinline__ uint32_t flags_of(const Query& query, Position at, in
   return flags;
 }
 
+// Whether a query answers for whole runs: is_pointwise() and eight_sites(), where a run is eight
+// bytes of its masks; has_places(), place() and flags_at(), where it is a few words of them.
+template <class Query, class = void>
+struct RunAnswers {
+  static constexpr bool kHas = false;
+  struct Place {};
+};
+template <class Query>
+struct RunAnswers<Query, std::void_t<typename Query::Place>> {
+  static constexpr bool kHas = true;
+  using Place = typename Query::Place;
+};
+
+// What a query says of a run of sites, in two steps: where its masks are read is worked out before
+// they are there.
+template <class Query>
+class RunQuestion {
+  using Answers = RunAnswers<Query>;
+
+ public:
+  // The run's number, its first site, and how many sites it has.
+  __device__ __forceinline__ RunQuestion(const Query& query, int run, const Position& first,
+                                         int count)
+      : query_(query), run_(run), first_(first), count_(count) {
+    work_out(run_, first_.n, first_.y, first_.x);
+    if constexpr (Answers::kHas) {
+      if (!query.has_places()) return;
+      place_ = query.place(first);
+      work_out(place_.rows, place_.columns, place_.shift,
+               static_cast<int>(reinterpret_cast<uintptr_t>(place_.from) >> 33));
+    }
+  }
+
+  // Bit i: its site i is one.
+  __device__ __forceinline__ uint32_t flags() const {
+    if constexpr (Answers::kHas) {
+      if (query_.is_pointwise()) return bits_of(query_.eight_sites(run_));
+      if (query_.has_places()) return query_.flags_at(place_) & ((1u << count_) - 1);
+    }
+    return flags_of(query_, first_, count_, 0);
+  }
+
+ private:
+  const Query& query_;
+  int run_;
+  Position first_;
+  int count_;
+  typename Answers::Place place_;
+};
+
 // The sites [n, h, w] in runs of kFlags of a row.
 struct SiteRuns {
   int h, w, size;
@@ -178,30 +228,40 @@ __global__ void __launch_bounds__(kListThreads)
     list_kernel(const __grid_constant__ Query query, SiteRuns runs, CandidateList list,
                 const __grid_constant__ FurtherLists<kFurther> further) {
   constexpr int kLists = 1 + kFurther;
+  constexpr int kFlagsShift = 16;
+  struct Run {
+    int first;      // site
+    uint32_t bits;  // which of its sites are candidates; how many those of the runs before are
+  };
   __shared__ int warps[kLists][kListThreads / 32];
-  __shared__ int first[kLists];
+  __shared__ Run found[kLists][kListThreads];
+  __shared__ int begin[kLists];
+  const int tid = static_cast<int>(threadIdx.x);
+  const int run = static_cast<int>(blockIdx.x) * kListThreads + tid;
+  Position at;
+  int sites;
+  const int site = runs.first(run, &at, &sites);
+  const RunQuestion<Query> question(query, run, at, sites);
   wait_for_inputs();
-  const int run = static_cast<int>(blockIdx.x) * kListThreads + static_cast<int>(threadIdx.x);
-  int site = 0;
   uint32_t flags[kLists] = {};
   if (run < runs.count()) {
-    Position at;
-    int sites;
-    site = runs.first(run, &at, &sites);
-    flags[0] = flags_of(query, at, sites, 0);
+    flags[0] = question.flags();
     if constexpr (kFurther > 0) {
 #pragma unroll
       for (int i = 0; i < kFurther; ++i)
         flags[1 + i] = flags[0] | further.lists[i].flags(at, sites);
     }
   }
-  int before[kLists], total[kLists], found = 0;
+  // Runs in the upper half of a number, sites in the lower.
+  int total[kLists], any = 0;
 #pragma unroll
   for (int i = 0; i < kLists; ++i) {
-    before[i] = sum_before<kListThreads>(__popc(flags[i]), warps[i], &total[i]);
-    found |= total[i];
+    const int own = (flags[i] != 0 ? 1 << 16 : 0) | __popc(flags[i]);
+    const int before = sum_before<kListThreads>(own, warps[i], &total[i]);
+    if (flags[i] != 0) found[i][before >> 16] = {site, flags[i] << kFlagsShift | (before & 0xffff)};
+    any |= total[i];
   }
-  if (found == 0) return;
+  if (any == 0) return;
   const auto list_number = [&](int i) -> const CandidateList& {
     if constexpr (kFurther > 0) {
       if (i > 0) return further.lists[i - 1].list;
@@ -210,16 +270,23 @@ __global__ void __launch_bounds__(kListThreads)
   };
 #pragma unroll
   for (int i = 0; i < kLists; ++i)
-    if (static_cast<int>(threadIdx.x) == 32 * i && total[i] > 0)
-      first[i] = static_cast<int>(
-          atomicAdd(reinterpret_cast<Count*>(list_number(i).end), static_cast<Count>(total[i])));
+    if (tid == 32 * i && total[i] > 0)
+      begin[i] = static_cast<int>(atomicAdd(reinterpret_cast<Count*>(list_number(i).end),
+                                            static_cast<Count>(total[i] & 0xffff)));
   __syncthreads();
+  // A thread for a site: one that put down a run would take as long as all else here.
+  const int bit = tid % kFlags;
 #pragma unroll
   for (int i = 0; i < kLists; ++i) {
-    if (total[i] == 0) continue;
-    int32_t* to = list_number(i).entries + first[i] + before[i];
-    for (uint32_t left = flags[i]; left != 0; left &= left - 1)
-      *to++ = site + __ffs(static_cast<int>(left)) - 1;
+#pragma unroll 1
+    for (int j = tid / kFlags; j < total[i] >> 16; j += kListThreads / kFlags) {
+      const Run of = found[i][j];
+      const uint32_t candidates = of.bits >> kFlagsShift;
+      if ((candidates >> bit & 1) == 0) continue;
+      const int before =
+          static_cast<int>(of.bits & 0xffff) + __popc(candidates & ((1u << bit) - 1));
+      list_number(i).entries[begin[i] + before] = of.first + bit;
+    }
   }
 }
 

@@ -43,24 +43,10 @@ struct Shares {
   }
 };
 
-// Whether a query answers for whole runs: is_pointwise() and eight_sites(), where a run is eight
-// bytes of its masks; has_places(), place() and flags_at(), where it is a few words of them.
-template <class Query, class = void>
-struct RunAnswers {
-  static constexpr bool kHas = false;
-  struct Place {};
-};
-template <class Query>
-struct RunAnswers<Query, std::void_t<typename Query::Place>> {
-  static constexpr bool kHas = true;
-  using Place = typename Query::Place;
-};
-
 // The candidates in the share of a block of kThreads. They are listed by their runs, for a thread
 // that would put down one site after the other takes longer than all else here.
 template <int kThreads, class Query>
 class OwnCandidates {
-  static constexpr bool kAnswers = RunAnswers<Query>::kHas;
   static constexpr int kPasses = Shares::kRuns / kThreads;  // a thread has so many runs at most
   using Flags = std::conditional_t<kPasses * kFlags <= 32, uint32_t, uint64_t>;
   static_assert(kPasses * kFlags <= 64, "a thread's flags are one word");
@@ -77,16 +63,11 @@ class OwnCandidates {
  public:
   // Nothing here depends on the kernel before this one.
   __device__ __forceinline__ OwnCandidates(const Query& query, const Shares& shares, int share)
-      : query_(query), shares_(shares), share_(share) {
-    turn_to(0);
-    work_out(has_run_, run_, row_, n_);
-    if constexpr (kAnswers) {
-      if (!query.has_places()) return;
-      place_ = query.place(first_site());
-      work_out(place_.rows, place_.columns, place_.shift,
-               static_cast<int>(reinterpret_cast<uintptr_t>(place_.from) >> 33));
-    }
-  }
+      : query_(query),
+        shares_(shares),
+        share_(share),
+        has_run_(turn_to(0)),
+        question_(question()) {}
 
   // Finds them; called by all threads. Needs a barrier before anything is done with them.
   __device__ __forceinline__ void find() {
@@ -94,18 +75,12 @@ class OwnCandidates {
     __shared__ Run found[Shares::kRuns];
     found_ = found;
     const int passes = (shares_.most + kThreads - 1) / kThreads;
-    Flags all = 0;
-    bool in_words = false;
-    if constexpr (kAnswers) in_words = query_.is_pointwise();
-    if (in_words) {
-      if constexpr (kAnswers) all = passes == 1 ? words<1>() : words<kPasses>();
-    } else {
+    Flags all = has_run_ ? question_.flags() : 0;
+    if (passes > 1) {
 #pragma unroll 1
-      for (int k = 0; k < passes; ++k) {
-        if (k > 0) turn_to(k);
-        if (has_run_ != 0) all |= static_cast<Flags>(flags(k)) << (k * kFlags);
-      }
-      if (passes > 1) turn_to(0);
+      for (int k = 1; k < passes; ++k)
+        if (turn_to(k)) all |= static_cast<Flags>(question().flags()) << (k * kFlags);
+      turn_to(0);
     }
     int sites = count_of(all), runs = 0;
 #pragma unroll 1
@@ -152,39 +127,15 @@ class OwnCandidates {
   }
 
  private:
-  // To the thread's run of pass k.
-  __device__ __forceinline__ void turn_to(int k) {
-    has_run_ = shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &run_) ? 1 : 0;
+  // To the thread's run of pass k; false: there is none.
+  __device__ __forceinline__ bool turn_to(int k) {
+    const bool has_run = shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &run_);
     row_ = shares_.per_row.divide(run_);
-    n_ = shares_.h.divide(row_);
+    return has_run;
   }
-  __device__ __forceinline__ Position first_site() const {
-    return {n_, row_ - n_ * shares_.h.value, (run_ - row_ * shares_.per_row.value) * kFlags};
-  }
-  // Of the run of pass k.
-  __device__ __forceinline__ uint32_t flags(int k) const {
-    const Position at = first_site();
-    const int count = min(kFlags, shares_.w - at.x);
-    if constexpr (kAnswers)
-      if (query_.has_places())
-        return query_.flags_at(k == 0 ? place_ : query_.place(at)) & ((1u << count) - 1);
-    return flags_of(query_, at, count, 0);
-  }
-  template <int kUsed>
-  __device__ __forceinline__ Flags words() const {
-    uint64_t bytes[kUsed];
-#pragma unroll
-    for (int k = 0; k < kUsed; ++k) {
-      int run = run_;
-      const bool has_run =
-          k == 0 ? has_run_ != 0
-                 : shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &run);
-      bytes[k] = has_run ? query_.eight_sites(run) : 0;
-    }
-    Flags all = 0;
-#pragma unroll
-    for (int k = 0; k < kUsed; ++k) all |= static_cast<Flags>(bits_of(bytes[k])) << (k * kFlags);
-    return all;
+  __device__ __forceinline__ RunQuestion<Query> question() const {
+    const int n = shares_.h.divide(row_), x = (run_ - row_ * shares_.per_row.value) * kFlags;
+    return {query_, run_, {n, row_ - n * shares_.h.value, x}, min(kFlags, shares_.w - x)};
   }
   static __device__ __forceinline__ uint32_t flags_in(Flags all, int k) {
     return static_cast<uint32_t>(all >> (k * kFlags)) & ((1u << kFlags) - 1);
@@ -195,8 +146,9 @@ class OwnCandidates {
   const Query& query_;
   const Shares& shares_;
   int share_;
-  int has_run_, run_, row_, n_;              // of the pass that is on
-  typename RunAnswers<Query>::Place place_;  // of pass 0
+  int run_, row_;  // of the pass that is on
+  bool has_run_;   // in pass 0, of which the question is
+  RunQuestion<Query> question_;
   const Run* found_;
   int size_, runs_;
 };
