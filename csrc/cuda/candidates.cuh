@@ -126,10 +126,11 @@ class RunQuestion {
   using Answers = RunAnswers<Query>;
 
  public:
+  __device__ __forceinline__ RunQuestion() {}
   // The run's number, its first site, and how many sites it has.
   __device__ __forceinline__ RunQuestion(const Query& query, int run, const Position& first,
                                          int count)
-      : query_(query), run_(run), first_(first), count_(count) {
+      : query_(&query), run_(run), first_(first), count_(count) {
     work_out(run_, first_.n, first_.y, first_.x);
     if constexpr (Answers::kHas) {
       if (!query.has_places()) return;
@@ -142,14 +143,14 @@ class RunQuestion {
   // Bit i: its site i is one.
   __device__ __forceinline__ uint32_t flags() const {
     if constexpr (Answers::kHas) {
-      if (query_.is_pointwise()) return bits_of(query_.eight_sites(run_));
-      if (query_.has_places()) return query_.flags_at(place_) & ((1u << count_) - 1);
+      if (query_->is_pointwise()) return bits_of(query_->eight_sites(run_));
+      if (query_->has_places()) return query_->flags_at(place_) & ((1u << count_) - 1);
     }
-    return flags_of(query_, first_, count_, 0);
+    return flags_of(*query_, first_, count_, 0);
   }
 
  private:
-  const Query& query_;
+  const Query* query_;
   int run_;
   Position first_;
   int count_;

@@ -170,6 +170,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (works && p.bias != nullptr) load_floats(p.bias + c0, kVector, bias);
   const ConvQuery query(p);
   OwnCandidates<kThreads, ConvQuery> own(query, p.shares, share);
+  if (lists_itself) own.prepare();
   wait_for_inputs();
   // The block's candidates: those of its share, or every so many of the list.
   int size, first_entry = 0, listed_from = 0;

@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   using Query = std::conditional_t<Traits::kPoints, PointQuery, ConvQuery>;
   const Query query(p);
   OwnCandidates<kThreads, Query> own(query, p.shares, share);
+  if (lists_itself) own.prepare();
   wait_for_inputs();
 
   // The cluster's tiles are those of its share, or every so many of the list. In a list, a guess at

@@ -61,13 +61,14 @@ class OwnCandidates {
   };
 
  public:
-  // Nothing here depends on the kernel before this one.
   __device__ __forceinline__ OwnCandidates(const Query& query, const Shares& shares, int share)
-      : query_(query),
-        shares_(shares),
-        share_(share),
-        has_run_(turn_to(0)),
-        question_(question()) {}
+      : query_(query), shares_(shares), share_(share) {}
+
+  // Called before find; nothing here depends on the kernel before this one.
+  __device__ __forceinline__ void prepare() {
+    has_run_ = turn_to(0);
+    question_ = question();
+  }
 
   // Finds them; called by all threads. Needs a barrier before anything is done with them.
   __device__ __forceinline__ void find() {

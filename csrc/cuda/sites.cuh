@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kSiteThreads, kSiteBlocks)
   const int count = min(kVector, static_cast<int>(p.out.acc.c) - c0);
   const bool compares = p.out.truncation.policy != Policy::none;
   OwnCandidates<kSiteThreads, Query> own(query, p.shares, share);
+  if constexpr (kListsItself) own.prepare();
   wait_for_inputs();
   int size, first_entry = 0;
   if constexpr (kListsItself) {
