@@ -206,9 +206,8 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
     p.windows = query.windows;
     const bool may_list = !launched.listed && parts == 1 && streams == nullptr;
     p.shares = may_list ? shares_of(p, launched) : Shares{};
-    p.lists_itself = p.shares.count > 0;
     cudaError_t error = cudaSuccess;
-    if (!p.lists_itself && !launched.listed)
+    if (!p.shares.any() && !launched.listed)
       error = list_candidates(query, c.out.acc, p.list, stream);
     if (error == cudaSuccess) error = run_phase(p, launched, stream);
     if (error != cudaSuccess) return error;
@@ -244,7 +243,7 @@ bool conv_bears_list(const ConvParams& c, double wider) {
   const ConvLaunch launch{c, nullptr, true, false, nullptr, false};
   GemmParams p = params_of(c);
   set_phase(p, c.geometry, conv_phases(c.geometry, c.out.acc.dtype)[0]);
-  return on_hopper(p, launch) && shares_of(p, launch).count == 0 && conv_hopper_bears(p, wider);
+  return on_hopper(p, launch) && !shares_of(p, launch).any() && conv_hopper_bears(p, wider);
 }
 
 }  // namespace deltafx::cuda

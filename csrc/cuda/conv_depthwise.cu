@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       static_cast<int>(blockIdx.y) * teams.vectors.value + tid - team * teams.vectors.value;
   const int c0 = vector * kVector;
   const bool works = team < teams.sites && c0 < static_cast<int>(acc.c);
-  const bool lists_itself = p.lists_itself;
+  const bool lists_itself = p.shares.any();
   // The weights are no other kernel's output.
   Weights<T, kTaps> weights(p, c0, works);
   float bias[kVector] = {};
@@ -260,7 +260,7 @@ cudaError_t launch_depthwise(const GemmParams& p, cudaStream_t stream) {
   const Teams teams(p, group_of(p));
   const int64_t all = (p.out.acc.sites() + teams.sites - 1) / teams.sites;
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(all, resident_blocks(teams)));
-  const int along_x = p.lists_itself ? p.shares.count : static_cast<int>(blocks);
+  const int along_x = p.shares.any() ? p.shares.count : static_cast<int>(blocks);
   return launch(depthwise_kernel<T, kLanes, kTaps>, {along_x, kThreads, 0, 1, teams.columns},
                 stream, p, teams);
 }

@@ -43,9 +43,8 @@ struct GemmParams {
   int packed_depth;  // row length of the packed weights
   int cluster;       // parts of a depth that are summed by themselves; blocks that may share it
   bool acc_aligned, residual_aligned;
-  bool lists_itself;   // the kernel finds the candidates, there is no list
+  Shares shares;       // of the accumulator's sites, where the kernel finds the candidates itself
   CandidateList list;  // where it does not
-  Shares shares;       // of the accumulator's sites, where it does
   Divisor w, h;        // of the accumulator
   int sites;           // of the accumulator
 };

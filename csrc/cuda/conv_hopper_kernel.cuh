@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       static_cast<const char*>(p.weight) +
       static_cast<int64_t>(first_column / kWeightRows) * steps * Traits::kBlockBytes;
   const int part_bits = 31 - __clz(parts), share = block >> part_bits, rank = block & (parts - 1);
-  const bool lists_itself = p.lists_itself;
+  const bool lists_itself = p.shares.any();
   // A step's weights into its stage.
   const auto load_weights = [&](int step, int to) {
     const uint32_t barrier = barrier_of(to);

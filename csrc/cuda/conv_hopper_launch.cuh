@@ -12,7 +12,7 @@ cudaError_t launch_tiles(void (*kernel)(GemmParams), GemmParams p, cudaStream_t 
                 Traits::kColumns == HopperTiling::kColumns);
   const HopperTiling tiling(p);
   p.cluster = tiling.cluster;
-  const int clusters = p.lists_itself ? p.shares.count : tiling.clusters;
+  const int clusters = p.shares.any() ? p.shares.count : tiling.clusters;
   return launch(
       kernel,
       {clusters * p.cluster, Traits::kThreads, Traits::kSharedBytes, p.cluster, tiling.columns},

@@ -33,6 +33,7 @@ struct Shares {
     most = count > 0 ? (runs + count - 1) / count : 0;
   }
 
+  __host__ __device__ bool any() const { return count > 0; }
   // The index of run `j` of a share; false: it has no such run.
   __device__ __forceinline__ bool find(int share, int j, int* run) const {
     int of_turn = share + static_cast<int>(__umulhi(static_cast<unsigned>(j) * 0x9e3779b9u,
