@@ -54,19 +54,27 @@ class TallGather {
   static constexpr int kCopyRows = Traits::kThreads / 8, kOwnRows = Traits::kRows / kCopyRows;
 
  public:
-  __device__ explicit TallGather(const GemmParams& p)
+  // first_step: at which a tile begins. Nothing here depends on the kernel before this one.
+  __device__ TallGather(const GemmParams& p, int first_step)
       : p_(p), chunk_(static_cast<int>(threadIdx.x) % 8 * kVector) {
     const int row = static_cast<int>(threadIdx.x) / 8;
     to_ = row * kRowBytes + ((static_cast<int>(threadIdx.x) % 8 ^ (row & 7)) * kChunkBytes);
+    first_y_ = first_x_ = first_channel_ = 0;
+    if constexpr (Traits::kSplit) {
+      const auto step = static_cast<unsigned>(first_step),
+                 taps_x = static_cast<unsigned>(p.x_axis.phase.taps),
+                 taps = static_cast<unsigned>(p.y.phase.taps) * taps_x, block = step / taps;
+      const unsigned tap = step - block * taps;
+      first_y_ = static_cast<int>(tap / taps_x);
+      first_x_ = static_cast<int>(tap) - first_y_ * static_cast<int>(taps_x);
+      first_channel_ = static_cast<int>(block) * Traits::kDepth;
+      work_out(first_y_, first_x_, first_channel_);
+    }
   }
 
-  // Turns to a tile, at a step of it.
-  __device__ void begin(const TallRow* rows, int step) {
-    const int taps = p_.y.phase.taps * p_.x_axis.phase.taps, block = step / taps;
-    const int tap = step - block * taps;
-    tap_y_ = tap / p_.x_axis.phase.taps;
-    tap_x_ = tap - tap_y_ * p_.x_axis.phase.taps;
-    channel_ = block * Traits::kDepth;
+  // Turns to a tile.
+  __device__ void begin(const TallRow* rows) {
+    tap_y_ = first_y_, tap_x_ = first_x_, channel_ = first_channel_;
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i)
       rows_[i] = rows[static_cast<int>(threadIdx.x) / 8 + i * kCopyRows];
@@ -101,6 +109,7 @@ class TallGather {
   const GemmParams& p_;
   uint32_t to_;
   int chunk_, channel_, tap_y_, tap_x_;
+  int first_y_, first_x_, first_channel_;  // of a tile
   TallRow rows_[kOwnRows];
 };
 
@@ -140,6 +149,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const FastActivation act(p.act);
   const float threshold =
       p.out.truncation.policy == Policy::none ? 0.f : *p.out.truncation.threshold;
+  const int first_step = steps * rank >> part_bits, last_step = steps * (rank + 1) >> part_bits;
+  TallGather<Traits> gather(p, first_step);
   wait_for_inputs();
 
   // The entry of this thread's row in the next tile whose rows it works out. The warp groups take
@@ -164,16 +175,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   make_rows(tid / kRows);
   __syncthreads();
 
-  const int first_step = steps * rank >> part_bits, last_step = steps * (rank + 1) >> part_bits;
-  TallGather<Traits> gather(p);
   int load_tile = block, load_slot = 0, load_step = first_step;
-  gather.begin(rows[0], first_step);
+  gather.begin(rows[0]);
   const auto load = [&](int to) {
     if (!Traits::kSplit && load_step == last_step) {
       load_tile += blocks;
       load_slot = (load_slot + 1) % kTiles;
       load_step = first_step;
-      if (load_tile < tiles) gather.begin(rows[load_slot], first_step);
+      if (load_tile < tiles) gather.begin(rows[load_slot]);
     }
     if (load_tile < tiles && load_step < last_step) {
       const uint32_t at = stages + to * Traits::kStageBytes;
@@ -300,7 +309,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       __syncthreads();
       load_slot = (load_slot + 1) % kTiles;
       load_step = first_step;
-      gather.begin(rows[load_slot], first_step);
+      gather.begin(rows[load_slot]);
       load_first();
     }
   }
