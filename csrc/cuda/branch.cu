@@ -56,12 +56,12 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (threadIdx.x != 0) return;
   BranchState& state = *p.state;
-  atomicAdd(&state.changed, changed_here);
-  __threadfence();
   // The block that is done last decides, and leaves the counters as it found them.
-  if (atomicAdd(&state.blocks, 1) != static_cast<int>(gridDim.x) - 1) return;
-  const int all = atomicExch(&state.changed, 0);
-  state.blocks = 0;
+  const unsigned long long own = BranchState::kBlock | static_cast<unsigned>(changed_here);
+  const unsigned long long before = atomicAdd(&state.progress, own);
+  if (before / BranchState::kBlock != gridDim.x - 1) return;
+  const auto all = static_cast<int>((before + own) % BranchState::kBlock);
+  state.progress = 0;
   const bool most = static_cast<float>(all) > p.dense_above * static_cast<float>(total);
   // A library may spread a NaN farther than the windows that hold it; then only computing
   // everywhere once more gets rid of it.

@@ -17,8 +17,9 @@ constexpr int kSquare = 16;  // sites a side
 struct BranchState {
   int32_t choice;      // one of the below
   int32_t not_finite;  // whether the last frame that was computed everywhere met an infinity or NaN
-  int32_t changed;     // squares so far; 0 between frames
-  int32_t blocks;      // that are done; 0 between frames
+  // Squares that changed so far, and blocks that are done, each as kBlock; 0 between frames.
+  unsigned long long progress;
+  static constexpr unsigned long long kBlock = 1ull << 32;
 };
 enum Branch : int32_t { kDelta = 0, kEverywhere = 1, kNothing = 2 };
 

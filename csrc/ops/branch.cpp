@@ -13,9 +13,10 @@ namespace {
 void branch(const Tensor& state, at::TensorList masks, bool may_skip, double dense_above,
             at::IntArrayRef bodies) {
   static_assert(sizeof(cuda::BranchState) == 4 * sizeof(int32_t));
-  TORCH_CHECK_TYPE(state.scalar_type() == at::kInt && state.numel() == 4 && state.is_contiguous(),
-                   "deltafx: state must be four int32, not ", state.sizes(), " of ",
-                   state.scalar_type());
+  TORCH_CHECK_TYPE(state.scalar_type() == at::kInt && state.numel() == 4 && state.is_contiguous() &&
+                       state.storage_offset() % 2 == 0,
+                   "deltafx: state must be four int32 at a multiple of 8 bytes, not ",
+                   state.sizes(), " of ", state.scalar_type());
   TORCH_CHECK_VALUE(!masks.empty() && masks.size() <= cuda::kMostInputs,
                     "deltafx: a frame has 1 to ", cuda::kMostInputs, " inputs here, not ",
                     masks.size());
