@@ -43,10 +43,10 @@ def check_list(memory: Tensor, counts: Tensor, expected: Tensor) -> None:
     assert (memory[4 + len(sites) : 4 + expected.numel()] == -7).all()
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(36))
 def test_lists_hold_the_windows_and_more(seed: int) -> None:
     rng = random.Random(seed)
-    k, stride, dilation = rng.choice((1, 3, 3, 5)), rng.choice((1, 2)), rng.choice((1, 1, 2))
+    k, stride, dilation = rng.choice((1, 3, 3, 5, 7)), rng.choice((1, 2)), rng.choice((1, 1, 2))
     padding = k // 2 * dilation
     n, h, w = rng.randint(1, 3), rng.randint(9, 90), rng.choice((16, 96, 100, rng.randint(9, 200)))
     x = random_mask(n, h, w, rng.choice((0, 0.03, 1)))
