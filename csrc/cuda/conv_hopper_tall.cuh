@@ -94,10 +94,18 @@ class TallGather {
         channel;
     const bool inside = channel < static_cast<int>(p_.x.c);
     const T* data = static_cast<const T*>(p_.x.data);
+    // Windows find each other's sites in L1; where there is one tap, there is nothing to find.
+    const bool by_l1 = p_.y.phase.taps > 1 || p_.x_axis.phase.taps > 1;
 #pragma unroll
-    for (int i = 0; i < kOwnRows; ++i)
-      copy_chunk_by_l1(stage + to_ + i * kCopyRows * kRowBytes, data + (rows_[i].from + offset),
-                       inside && (rows_[i].taps & bits) == bits);
+    for (int i = 0; i < kOwnRows; ++i) {
+      const uint32_t to = stage + to_ + i * kCopyRows * kRowBytes;
+      const T* from = data + (rows_[i].from + offset);
+      const bool valid = inside && (rows_[i].taps & bits) == bits;
+      if (by_l1)
+        copy_chunk_by_l1(to, from, valid);
+      else
+        copy_chunk(to, from, valid);
+    }
     if (++tap_x_ < p_.x_axis.phase.taps) return;
     tap_x_ = 0;
     if (++tap_y_ < p_.y.phase.taps) return;
