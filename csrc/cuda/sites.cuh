@@ -179,10 +179,8 @@ template <class T, class Query, class F>
 cudaError_t update_sites_as(const Output& out, const Activation& act, const Query& query,
                             const F& f, int32_t* memory, cudaStream_t stream) {
   SiteLaunch p(out, act);
-  if (p.can_share(query)) {
-    p.shares = Shares(out.acc, p.blocks(kSiteBlocks));
-    return launch_sites<T>(p, query, f, p.shares.count, stream);
-  }
+  if (p.can_share(query)) p.shares = Shares(out.acc, p.blocks(kSiteBlocks));
+  if (p.shares.count > 0) return launch_sites<T>(p, query, f, p.shares.count, stream);
   const CandidateList list = list_in(memory, out.counts);
   const cudaError_t error = list_candidates(query, out.acc, list, stream);
   return error != cudaSuccess ? error : update_listed<T>(out, act, list, f, stream);
