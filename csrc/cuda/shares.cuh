@@ -68,9 +68,7 @@ class OwnCandidates {
   // Nothing here depends on the kernel before this one.
   __device__ __forceinline__ OwnCandidates(const Shares& shares, int share)
       : shares_(shares), share_(share) {
-    has_run_ = shares.find(share, static_cast<int>(threadIdx.x), &run_);
-    row_ = shares.per_row.divide(run_);
-    y_ = row_ - shares.h.divide(row_) * shares.h.value;
+    turn_to(0);
   }
 
   // Finds them; called by all threads. Needs a barrier before anything is done with them.

@@ -189,15 +189,9 @@ cudaError_t update_sites_as(const Output& out, const Activation& act, const Quer
 template <class Query, class F>
 cudaError_t update_sites(const Output& out, const Activation& act, const Query& query, const F& f,
                          int32_t* memory, cudaStream_t stream) {
-  switch (out.acc.dtype) {
-    case DType::f32:
-      return update_sites_as<float>(out, act, query, f, memory, stream);
-    case DType::bf16:
-      return update_sites_as<__nv_bfloat16>(out, act, query, f, memory, stream);
-    case DType::f16:
-      return update_sites_as<__half>(out, act, query, f, memory, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(out.acc.dtype, [&](auto type) {
+    return update_sites_as<typename decltype(type)::T>(out, act, query, f, memory, stream);
+  });
 }
 
 }  // namespace deltafx::cuda
