@@ -90,6 +90,14 @@ const float* floats_of(const OptionalTensor& t, int64_t count, const Tensor& sam
   return static_cast<const float*>(t->data_ptr());
 }
 
+int64_t* counts_of(const Tensor& t, const Tensor& same_device, const char* name) {
+  check_same_device(t, same_device, name);
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kLong, "deltafx: ", name, " must be int64");
+  TORCH_CHECK_VALUE(t.numel() == 2 && t.is_contiguous(), "deltafx: ", name,
+                    " must have 2 contiguous elements, not ", t.sizes());
+  return static_cast<int64_t*>(t.data_ptr());
+}
+
 Output output_of(const Tensor& acc, const Tensor& mask, const Tensor& counts,
                  const OptionalTensor& inv_scale, const OptionalTensor& threshold,
                  std::string_view policy) {
@@ -97,11 +105,7 @@ Output output_of(const Tensor& acc, const Tensor& mask, const Tensor& counts,
   out.acc = feature_map(acc, "acc");
   check_same_device(mask, acc, "mask");
   out.mask = mask_of(mask, out.acc, "mask");
-  check_same_device(counts, acc, "counts");
-  TORCH_CHECK_TYPE(counts.scalar_type() == at::kLong, "deltafx: counts must be int64");
-  TORCH_CHECK_VALUE(counts.numel() == 2 && counts.is_contiguous(),
-                    "deltafx: counts must have 2 contiguous elements, not ", counts.sizes());
-  out.counts = static_cast<int64_t*>(counts.data_ptr());
+  out.counts = counts_of(counts, acc, "counts");
   TORCH_CHECK_VALUE(inv_scale.has_value() == threshold.has_value(),
                     "deltafx: inv_scale and threshold go together");
   if (inv_scale.has_value()) {

@@ -40,6 +40,8 @@ const float* floats_of(const OptionalTensor& t, int64_t count, const Tensor& sam
                        const char* name);
 // The data of a contiguous int32 tensor of `count` elements or more.
 int32_t* ints_of(const Tensor& t, int64_t count, const Tensor& same_device, const char* name);
+// The data of an op's counts: contiguous int64 [2].
+int64_t* counts_of(const Tensor& t, const Tensor& same_device, const char* name);
 void check_same_device(const Tensor& t, const Tensor& as, const char* name);
 Window window_of(c10::ArrayRef<int64_t> kernel, c10::ArrayRef<int64_t> stride,
                  c10::ArrayRef<int64_t> padding, c10::ArrayRef<int64_t> dilation, int axis);

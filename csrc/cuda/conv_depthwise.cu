@@ -298,15 +298,8 @@ Shares conv_depthwise_shares(const GemmParams& p) {
 }
 
 cudaError_t conv_depthwise(const GemmParams& p, cudaStream_t stream) {
-  switch (p.out.acc.dtype) {
-    case DType::f32:
-      return launch_type<float>(p, stream);
-    case DType::bf16:
-      return launch_type<__nv_bfloat16>(p, stream);
-    case DType::f16:
-      return launch_type<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(p.out.acc.dtype,
+                   [&](auto type) { return launch_type<typename decltype(type)::T>(p, stream); });
 }
 
 }  // namespace deltafx::cuda

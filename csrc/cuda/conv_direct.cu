@@ -105,15 +105,9 @@ cudaError_t launch_as(const GemmParams& p, int group_in, int group_out, cudaStre
 }  // namespace
 
 cudaError_t conv_direct(const GemmParams& p, int group_in, int group_out, cudaStream_t stream) {
-  switch (p.out.acc.dtype) {
-    case DType::f32:
-      return launch_as<float>(p, group_in, group_out, stream);
-    case DType::bf16:
-      return launch_as<__nv_bfloat16>(p, group_in, group_out, stream);
-    case DType::f16:
-      return launch_as<__half>(p, group_in, group_out, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(p.out.acc.dtype, [&](auto type) {
+    return launch_as<typename decltype(type)::T>(p, group_in, group_out, stream);
+  });
 }
 
 }  // namespace deltafx::cuda

@@ -3,15 +3,9 @@
 namespace deltafx::cuda {
 
 cudaError_t conv_gemm_plain(const GemmParams& p, cudaStream_t stream) {
-  switch (p.out.acc.dtype) {
-    case DType::f32:
-      return launch_conv_gemm<Plain<float>>(p, stream);
-    case DType::bf16:
-      return launch_conv_gemm<Plain<__nv_bfloat16>>(p, stream);
-    case DType::f16:
-      return launch_conv_gemm<Plain<__half>>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(p.out.acc.dtype, [&](auto type) {
+    return launch_conv_gemm<Plain<typename decltype(type)::T>>(p, stream);
+  });
 }
 
 }  // namespace deltafx::cuda

@@ -57,6 +57,24 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+// f(Type<T>{}) for the T that a feature map has; returns what it does.
+template <class Element>
+struct Type {
+  using T = Element;
+};
+template <class F>
+cudaError_t with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(Type<float>{});
+    case DType::bf16:
+      return f(Type<__nv_bfloat16>{});
+    case DType::f16:
+      return f(Type<__half>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 // Eight elements of T, moved in accesses of 16 bytes.
 template <class T>
 union Packet {

@@ -390,29 +390,15 @@ cudaError_t encode_as(const EncodeParams& p, cudaStream_t stream) {
 
 template <class S>
 cudaError_t encode_from(const EncodeParams& p, cudaStream_t stream) {
-  switch (p.out.acc.dtype) {
-    case DType::f32:
-      return encode_as<S, float>(p, stream);
-    case DType::bf16:
-      return encode_as<S, __nv_bfloat16>(p, stream);
-    case DType::f16:
-      return encode_as<S, __half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(p.out.acc.dtype,
+                   [&](auto type) { return encode_as<S, typename decltype(type)::T>(p, stream); });
 }
 
 }  // namespace
 
 cudaError_t encode(const EncodeParams& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DType::f32:
-      return encode_from<float>(p, stream);
-    case DType::bf16:
-      return encode_from<__nv_bfloat16>(p, stream);
-    case DType::f16:
-      return encode_from<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(p.dtype,
+                   [&](auto type) { return encode_from<typename decltype(type)::T>(p, stream); });
 }
 
 cudaError_t read_frame(cudaGraphExec_t graph, cudaGraphNode_t encode, const void* x) {

@@ -72,15 +72,8 @@ cudaError_t finish_as(const FinishParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t finish_conv2d(const FinishParams& p, cudaStream_t stream) {
-  switch (p.acc.dtype) {
-    case DType::f32:
-      return finish_as<float>(p, stream);
-    case DType::bf16:
-      return finish_as<__nv_bfloat16>(p, stream);
-    case DType::f16:
-      return finish_as<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(p.acc.dtype,
+                   [&](auto type) { return finish_as<typename decltype(type)::T>(p, stream); });
 }
 
 }  // namespace deltafx::cuda

@@ -206,15 +206,9 @@ cudaError_t pool2d(const PoolParams& p, const PoolRule& y, const PoolRule& x, in
   const bool windows = are_windows(y, p.out.acc.h) && are_windows(x, p.out.acc.w);
   const PoolQuery query{p.out.acc, p.x.mask, y,
                         x,         windows,  {p.x.mask, {}, axis_of(y), axis_of(x), nullptr}};
-  switch (p.out.acc.dtype) {
-    case DType::f32:
-      return pool_as<float>(p, y, x, query, memory, stream);
-    case DType::bf16:
-      return pool_as<__nv_bfloat16>(p, y, x, query, memory, stream);
-    case DType::f16:
-      return pool_as<__half>(p, y, x, query, memory, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(p.out.acc.dtype, [&](auto type) {
+    return pool_as<typename decltype(type)::T>(p, y, x, query, memory, stream);
+  });
 }
 
 }  // namespace deltafx::cuda

@@ -61,8 +61,7 @@ struct SiteLaunch {
   // another reads. Sites of several columns are written by one block while another looks.
   template <class Query>
   bool can_share(const Query& query) const {
-    return out.acc.ld == out.acc.c && out.acc.w <= Shares::kMostWidth &&
-           (columns == 1 || !reads_result(query, 0)) &&
+    return out.acc.ld == out.acc.c && (columns == 1 || !reads_result(query, 0)) &&
            blocks(kSiteBlocks) * per_block() >= expected_candidates(out.acc);
   }
 };
@@ -158,10 +157,8 @@ template <class T, class Query, class F>
 cudaError_t update_sites_as(const Output& out, const Activation& act, const Query& query,
                             const F& f, int32_t* memory, cudaStream_t stream) {
   SiteLaunch p(out, act);
-  if (p.can_share(query)) {
-    p.shares = Shares(out.acc, p.blocks(kSiteBlocks));
-    return launch_sites<T>(p, query, f, p.shares.count, stream);
-  }
+  if (p.can_share(query)) p.shares = Shares(out.acc, p.blocks(kSiteBlocks));
+  if (p.shares.any()) return launch_sites<T>(p, query, f, p.shares.count, stream);
   const CandidateList list = list_in(memory, out.counts);
   const cudaError_t error = list_candidates(query, out.acc, list, stream);
   return error != cudaSuccess ? error : update_listed<T>(out, act, list, f, stream);
@@ -170,15 +167,9 @@ cudaError_t update_sites_as(const Output& out, const Activation& act, const Quer
 template <class Query, class F>
 cudaError_t update_sites(const Output& out, const Activation& act, const Query& query, const F& f,
                          int32_t* memory, cudaStream_t stream) {
-  switch (out.acc.dtype) {
-    case DType::f32:
-      return update_sites_as<float>(out, act, query, f, memory, stream);
-    case DType::bf16:
-      return update_sites_as<__nv_bfloat16>(out, act, query, f, memory, stream);
-    case DType::f16:
-      return update_sites_as<__half>(out, act, query, f, memory, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(out.acc.dtype, [&](auto type) {
+    return update_sites_as<typename decltype(type)::T>(out, act, query, f, memory, stream);
+  });
 }
 
 }  // namespace deltafx::cuda

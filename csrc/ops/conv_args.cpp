@@ -30,15 +30,7 @@ ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Windo
   p.bias = floats_of(args.bias, p.out.acc.c, args.acc, "bias");
   TORCH_CHECK_VALUE(args.residual.has_value() || !args.residual_mask.has_value(),
                     "deltafx: residual_mask goes with a residual");
-  if (args.residual.has_value()) {
-    check_same_device(*args.residual, args.acc, "residual");
-    TORCH_CHECK_VALUE(args.residual->sizes() == args.acc.sizes(), "deltafx: residual is ",
-                      args.residual->sizes(), " but the accumulator is ", args.acc.sizes());
-    TORCH_CHECK_TYPE(args.residual->scalar_type() == args.acc.scalar_type(),
-                     "deltafx: residual is ", args.residual->scalar_type(),
-                     " but the accumulator is ", args.acc.scalar_type());
-    p.residual = feature_map(*args.residual, "residual");
-  }
+  if (args.residual.has_value()) p.residual = map_like(*args.residual, args.acc, "residual");
   if (args.residual_mask.has_value()) {
     check_same_device(*args.residual_mask, args.acc, "residual_mask");
     p.residual_mask = mask_of(*args.residual_mask, p.residual, "residual_mask");
@@ -48,11 +40,12 @@ ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Windo
   return p;
 }
 
+int64_t conv_size(int64_t in, const Window& w) {
+  return (in + 2 * w.pad - w.dilation * (w.kernel - 1) - 1) / w.stride + 1;
+}
+
 void check_conv_size(const ConvParams& p) {
-  const auto size = [](int64_t in, const Window& w) {
-    return (in + 2 * w.pad - w.dilation * (w.kernel - 1) - 1) / w.stride + 1;
-  };
-  const int64_t h = size(p.x.h, p.geometry.y), w = size(p.x.w, p.geometry.x);
+  const int64_t h = conv_size(p.x.h, p.geometry.y), w = conv_size(p.x.w, p.geometry.x);
   TORCH_CHECK_VALUE(p.out.acc.h == h && p.out.acc.w == w, "deltafx: the accumulator is ",
                     p.out.acc.h, " x ", p.out.acc.w, " but this convolution of x gives ", h, " x ",
                     w);

@@ -28,6 +28,8 @@ struct ConvArgs {
 // Everything but the prologue and the weight. `window_y` and `window_x` come from window_of.
 ConvParams conv_params(const ConvArgs& args, const Window& window_y, const Window& window_x,
                        int64_t groups, bool transposed);
+// Along an axis, the size of an ordinary convolution's result.
+int64_t conv_size(int64_t in, const Window& w);
 // Refuses an accumulator that is not of the size of an ordinary convolution's result.
 void check_conv_size(const ConvParams& p);
 // How a convolution is run on CUDA; the CPU's asks for nothing.

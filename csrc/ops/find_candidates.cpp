@@ -12,10 +12,6 @@ namespace deltafx {
 #ifdef DELTAFX_CUDA
 namespace {
 
-int64_t size_of(int64_t in, const Window& w) {
-  return (in + 2 * w.pad - w.dilation * (w.kernel - 1) - 1) / w.stride + 1;
-}
-
 Mask mask_alone(const Tensor& t, const Tensor& memory, const char* name) {
   check_same_device(t, memory, name);
   TORCH_CHECK_VALUE(t.dim() == 3, "deltafx: ", name, " must be [N, H, W], not of ", t.dim(),
@@ -23,14 +19,6 @@ Mask mask_alone(const Tensor& t, const Tensor& memory, const char* name) {
   FeatureMap like{};
   like.n = t.size(0), like.h = t.size(1), like.w = t.size(2);
   return mask_of(t, like, name);
-}
-
-int64_t* counts_of(const Tensor& t, const Tensor& memory, const char* name) {
-  check_same_device(t, memory, name);
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kLong, "deltafx: ", name, " must be int64");
-  TORCH_CHECK_VALUE(t.numel() == 2 && t.is_contiguous(), "deltafx: ", name,
-                    " must have 2 contiguous elements, not ", t.sizes());
-  return static_cast<int64_t*>(t.data_ptr());
 }
 
 void find_candidates(const Tensor& memory, const Tensor& counts, const Tensor& x_mask,
@@ -48,8 +36,8 @@ void find_candidates(const Tensor& memory, const Tensor& counts, const Tensor& x
                      1,
                      false};
   launch.x_mask = mask_alone(x_mask, memory, "x_mask");
-  launch.h = size_of(launch.x_mask.h, launch.geometry.y);
-  launch.w = size_of(launch.x_mask.w, launch.geometry.x);
+  launch.h = conv_size(launch.x_mask.h, launch.geometry.y);
+  launch.w = conv_size(launch.x_mask.w, launch.geometry.x);
   TORCH_CHECK_VALUE(launch.h > 0 && launch.w > 0, "deltafx: this convolution of a map of ",
                     launch.x_mask.h, " x ", launch.x_mask.w, " has no result");
   const int64_t n = launch.x_mask.n, ints = cuda::conv_ints(n * launch.h * launch.w, n);

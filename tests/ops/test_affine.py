@@ -43,6 +43,13 @@ def test_many_channels(channels, pattern, device):
         check(OP, kwargs, {"x": mask}, mask, torch.float32, device)
 
 
+def test_wide_map(device):
+    """Few sites, but too many of a row to go without a list."""
+    mask = make_mask("random", 1, 1, 17001)
+    kwargs = {"x": torch.randn(1, 8, 1, 17001), "scale": torch.randn(8)}
+    check(OP, kwargs, {"x": mask}, mask, torch.float32, device)
+
+
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activation(act, dtype, device):
