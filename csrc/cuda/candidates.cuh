@@ -144,9 +144,11 @@ class RunQuestion {
   __device__ __forceinline__ uint32_t flags() const {
     if constexpr (Answers::kHas) {
       if (query_->is_pointwise()) return bits_of(query_->eight_sites(run_));
-      if (query_->has_places()) return query_->flags_at(place_) & ((1u << count_) - 1);
+      return query_->has_places() ? query_->flags_at(place_) & ((1u << count_) - 1)
+                                  : query_->other_flags(first_, count_);
+    } else {
+      return flags_of(*query_, first_, count_, 0);
     }
-    return flags_of(*query_, first_, count_, 0);
   }
 
  private:

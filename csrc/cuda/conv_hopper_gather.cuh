@@ -16,18 +16,11 @@ struct HopperRow {
       : HopperRow(p, max(site_or_none, 0), position_of(max(site_or_none, 0), p.h, p.w)) {
     if (site_or_none < 0) *this = none();
   }
-  __device__ HopperRow(const GemmParams& p, int own_site, const Position& at)
-      : taps(0), site(own_site) {
+  __device__ HopperRow(const GemmParams& p, int own_site, const Position& at) : site(own_site) {
     const int h = static_cast<int>(p.x.h), w = static_cast<int>(p.x.w);
-    int y = p.y.base(at.y), x = p.x_axis.base(at.x);
+    const int y = p.y.base(at.y), x = p.x_axis.base(at.x);
     from = ((at.n * h + y) * w + x) * static_cast<int>(p.x.ld);
-    const int most = max(p.y.phase.taps, p.x_axis.phase.taps);
-#pragma unroll 1
-    for (uint32_t bit = 1; bit < 1u << most; bit *= 2) {
-      if (static_cast<unsigned>(y) < static_cast<unsigned>(h)) taps |= bit;
-      if (static_cast<unsigned>(x) < static_cast<unsigned>(w)) taps |= bit << kMostTaps;
-      y += p.y.phase.step, x += p.x_axis.phase.step;
-    }
+    taps = inside(y, p.y.phase, h) | inside(x, p.x_axis.phase, w) << kMostTaps;
   }
   // The same, where a window is the site itself.
   static __device__ HopperRow point(const GemmParams& p, int own_site) {
@@ -40,6 +33,18 @@ struct HopperRow {
     HopperRow row;
     row.from = 0, row.taps = 0, row.site = -1;
     return row;
+  }
+
+ private:
+  // Bit j: tap j, of which the first is at `first`, lies in the input.
+  static __device__ __forceinline__ uint32_t inside(int first, const PhaseAxis& phase, int size) {
+    if (phase.step == 1)
+      return static_cast<uint32_t>(bits_between(-first, min(phase.taps, size - first)));
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int j = 0; j < phase.taps; ++j, first += phase.step)
+      bits |= static_cast<unsigned>(first) < static_cast<unsigned>(size) ? 1u << j : 0;
+    return bits;
   }
 };
 

@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   using namespace hopper;
   using T = typename Traits::T;
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
-  constexpr int kStages = Traits::kStages;
+  constexpr int kStages = Traits::kStages, kRowBits = 6;
+  static_assert(kRows == 1 << kRowBits);
   extern __shared__ char dynamic[];
   __shared__ uint64_t barriers[kStages + 1];  // of the stages; of the sums from other blocks
   __shared__ HopperRow rows[kRows];
@@ -142,10 +143,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
                                    rounds(clusters) * static_cast<float>((steps >> part_bits) + 6) <
                                        rounds(workers) * static_cast<float>(steps));
   const int first_step = split ? own_step : 0, last_step = split ? own_end : steps;
-  const int c = first_column + lane % 4 * kVector;
-  const int unit_bits = 31 - __clz(kThreads) - (split ? part_bits : 0);
-  const int own_units = 1 << unit_bits;
-  const int first_unit = split ? rank * own_units : 0;
+  // A unit is a quarter of a row's channels. Of a split tile a block finishes every so many of the
+  // rows.
+  const int local = tid % 4 * kVector, c = first_column + local;
+  const int row_bits = split ? part_bits : 0, first_own_row = split ? rank : 0;
+  const int unit_bits = kRowBits + 2 - row_bits, own_units = 1 << unit_bits;
+  const int own_row = (tid / 4 << row_bits) + first_own_row;
   const int at_first = first_stage(last_step - first_step);
   int exchanges = 0;
   uint32_t phases = 0;  // of the stages' barriers, a bit each
@@ -154,13 +157,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 #pragma unroll 1
   for (int tile = split ? worker >> part_bits : worker; tile < tiles;
        tile += split ? clusters : workers, first = false) {
-    const int first_row = tile * kRows;
+    const int first_row = tile * kRows, count = min(kRows, size - first_row);
     // What was written to the stages' memory comes before the copies into it.
     if (!first) fence_async();
     __syncthreads();
     if (lists_itself) {
-      if (tid < kRows && first_row + tid >= size) rows[tid] = HopperRow::none();
-      own.each(first_row, first_row + kRows, [&](int i, int row, int x) {
+      if (tid >= count && tid < kRows) rows[tid] = HopperRow::none();
+      own.each(first_row, first_row + count, [&](int i, int row, int x) {
         const int site = row * p.w.value + x;
         if constexpr (Traits::kPoints) {
           rows[i - first_row] = HopperRow::point(p, site);
@@ -171,11 +174,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       });
     } else if (tid < kRows) {
       const int i = first_row + tid;
-      if (i != guess && i < size) entry = p.list.entries[first_entry + i];
+      if (i != guess && tid < count) entry = p.list.entries[first_entry + i];
       if constexpr (Traits::kPoints)
-        rows[tid] = i < size ? HopperRow::point(p, entry) : HopperRow::none();
+        rows[tid] = tid < count ? HopperRow::point(p, entry) : HopperRow::none();
       else
-        rows[tid] = HopperRow(p, i < size ? entry : -1);
+        rows[tid] = HopperRow(p, tid < count ? entry : -1);
     }
     __syncthreads();
 
@@ -195,11 +198,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 #pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) load(wrap(stage + i));
 
-    // Unit u of a tile: 16 channels of a row, 8 each of the threads u % 128 of both warp groups.
-    const auto row_of = [&](int u) { return u % 128 / 32 * 16 + lane / 4 + u / 128 * 8; };
     SiteUnit<T> unit;
-    const int own_row = row_of(first_unit + tid);
-    if (tid < own_units) unit.fetch(p, rows[own_row].site, c);
+    // By whole warps.
+    const bool finishes = tid < own_units && own_row - (lane / 4 << row_bits) < count;
+    if (finishes) unit.fetch(p, rows[own_row].site, c);
 
     float sums[Traits::kSums], total[Traits::kSums];
 #pragma unroll
@@ -237,28 +239,37 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     wait_for_products(sums);
     early = 0;
 
-    // The sums: of a whole tile to this thread, of a split one to the block that finishes the unit,
-    // which adds the blocks' sums up in their order.
+    // The sums: of a whole tile to its own threads, of a split one to the block that finishes the
+    // row, which adds the blocks' sums up in their order. [from block][four of 16][unit]
     constexpr int kSumsAt = Traits::kSumStage * Traits::kStageBytes;
-    auto* results =
-        reinterpret_cast<float4*>(stage_memory + kSumsAt);  // [from block][four of 16][unit]
+    auto* results = reinterpret_cast<float4*>(stage_memory + kSumsAt);
     const uint32_t received = barrier_of(kStages);
     if (split) {
-      if (tid == 0) expect_bytes(received, kRows * kColumns * 4);
+      // Of as many of the rows as there are.
+      const int own_rows = (count - rank + parts - 1) >> part_bits;
+      if (tid == 0) expect_bytes(received, own_rows * parts * kColumns * 4);
       wait_for_cluster();
     }
+    const int thread = here(tid);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {  // four sums each, of both row halves of this group's 8 channels
-      const int i = k % 2 * 8 + k / 2 * 2, u = k / 2 * 128 + tid % 128,
-                four = tid / 128 * 2 + k % 2;
-      const auto value = [&](int j) { return total[j] + sums[j]; };
-      const float4 v = make_float4(value(i), value(i + 1), value(i + 4), value(i + 5));
-      if (split) {
-        const int to = u >> unit_bits,
-                  at = ((rank * 4 + four) << unit_bits) + u - (to << unit_bits);
-        store_to_block(stages + kSumsAt + at * 16, received, to, v);
-      } else {
-        results[(four << unit_bits) + u] = v;
+    for (int k = 0; k < 2; ++k) {  // this group's eight channels of two rows
+      const int row = thread % 128 / 32 * 16 + thread % 32 / 4 + k * 8;
+      if (row >= count) continue;
+      const int place = (row >> row_bits) * 4 + thread % 4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int four = thread / 128 * 2 + half;
+        const auto value = [&](int j) {
+          const int i = half * 8 + k * 2 + j;
+          return total[i] + sums[i];
+        };
+        const float4 v = make_float4(value(0), value(1), value(4), value(5));
+        if (split) {
+          const int at = ((rank * 4 + four) << unit_bits) + place;
+          store_to_block(stages + kSumsAt + at * 16, received, row & (parts - 1), v);
+        } else {
+          results[(four << unit_bits) + place] = v;
+        }
       }
     }
     if (split) {
@@ -267,7 +278,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     } else {
       __syncthreads();
     }
-    if (tid >= own_units) continue;
+    if (!finishes) continue;
     float y[2 * kVector] = {};
     const float4* sum = results + tid;
 #pragma unroll 2
@@ -279,7 +290,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
         y[4 * four + 2] += v.z, y[4 * four + 3] += v.w;
       }
     }
-    const int local = lane % 4 * kVector;
     const bool written = unit.template finish<2>(p, act, threshold, c, constants.bias + local,
                                                  constants.scale + local, y);
     if (written) p.out.mask.data[unit.site] = 1;

@@ -79,8 +79,11 @@ struct ConvQuery {
     return windows == Windows::small || windows == Windows::wide;
   }
 
-  __device__ uint32_t flags(Position at, int count) const {
-    if (has_places()) return flags_at(place(at)) & ((1u << count) - 1);
+  __device__ uint32_t flags(const Position& at, int count) const {
+    return has_places() ? flags_at(place(at)) & ((1u << count) - 1) : other_flags(at, count);
+  }
+  // Of any window.
+  __device__ uint32_t other_flags(Position at, int count) const {
     uint32_t found = 0;
     if (y_axis.transposed || streams != nullptr || x_axis.stride > 2) {
 #pragma unroll 1
@@ -224,34 +227,36 @@ struct ConvQuery {
   }
   static constexpr int kSmall = 3, kWide = 8;  // taps of an axis
 
-  // Bits `begin`, if it is not negative, to end - 1; none of 32 or above.
-  static __device__ __forceinline__ int bits_between(int begin, int end) {
-    const int below = (1 << max(begin, 0)) - 1;
-    return end > 0 ? ((1 << end) - 1) & ~below : 0;
-  }
   // All words are asked for together, and from then on a byte of the mask is a bit.
   template <int kRows, int kWords>
   __device__ __forceinline__ uint32_t flags_of_words(const Place& place) const {
     const int w = static_cast<int>(x.w) >> 3, taps = x_axis.phase.taps;
-    uint2 words[kRows][kWords], own = make_uint2(0, 0);
+    constexpr int kAtOnce = kRows > 4 ? kRows / 2 : kRows;
+    uint2 any[kWords] = {}, own = make_uint2(0, 0);
+    if (place.own != nullptr) own = *place.own;
+    const uint2* from = place.from;
+    __builtin_assume(__isGlobal(from));
+#pragma unroll 1
+    for (int rows = place.rows; rows != 0; rows >>= kAtOnce, from += kAtOnce * w) {
+      uint2 words[kAtOnce][kWords];
 #pragma unroll
-    for (int j = 0; j < kRows; ++j) {
+      for (int j = 0; j < kAtOnce; ++j) {
 #pragma unroll
-      for (int k = 0; k < kWords; ++k) {
-        words[j][k] = make_uint2(0, 0);
-        if ((place.rows >> j & place.columns >> k & 1) != 0) words[j][k] = place.from[j * w + k];
+        for (int k = 0; k < kWords; ++k) {
+          words[j][k] = make_uint2(0, 0);
+          if ((rows >> j & place.columns >> k & 1) != 0) words[j][k] = from[j * w + k];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+        for (int k = 0; k < kWords; ++k)
+          any[k] = make_uint2(any[k].x | words[j][k].x, any[k].y | words[j][k].y);
       }
     }
-    if (place.own != nullptr) own = *place.own;
     uint32_t bits = 0;
 #pragma unroll
-    for (int k = 0; k < kWords; ++k) {
-      uint2 any = words[0][k];
-#pragma unroll
-      for (int j = 1; j < kRows; ++j)
-        any = make_uint2(any.x | words[j][k].x, any.y | words[j][k].y);
-      bits |= bits_of(any) << (8 * k);
-    }
+    for (int k = 0; k < kWords; ++k) bits |= bits_of(any[k]) << (8 * k);
     bits >>= place.shift;
     // Tap after tap to the left, by doubling.
     if (taps > 1) bits |= bits >> 1;

@@ -38,6 +38,19 @@ __device__ __forceinline__ void work_out(Ints... numbers) {
   if ((numbers | ...) < 0) __trap();
 }
 
+// A number that what is made of it is worked out behind here, and not before a loop around, where
+// it would keep a register each.
+__device__ __forceinline__ int here(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+// Bits `begin`, if it is not negative, to end - 1; none of 32 or above.
+__device__ __forceinline__ int bits_between(int begin, int end) {
+  const int below = (1 << max(begin, 0)) - 1;
+  return end > 0 ? ((1 << end) - 1) & ~below : 0;
+}
+
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }

@@ -77,13 +77,14 @@ class OwnCandidates {
     __shared__ Run found[Shares::kRuns];
     found_ = found;
     const int passes = (shares_.most + kThreads - 1) / kThreads;
-    Flags all = has_run_ ? question_.flags() : 0;
-    if (passes > 1) {
+    Flags all = 0;
+    bool has_run = has_run_;
 #pragma unroll 1
-      for (int k = 1; k < passes; ++k)
-        if (turn_to(k)) all |= static_cast<Flags>(question().flags()) << (k * kFlags);
-      turn_to(0);
+    for (int k = 0; k < passes; ++k) {  // the query's code only once, for it is long
+      if (k > 0 && (has_run = turn_to(k))) question_ = question();
+      if (has_run) all |= static_cast<Flags>(question_.flags()) << (k * kFlags);
     }
+    if (passes > 1) turn_to(0);
     int sites = count_of(all), runs = 0;
 #pragma unroll 1
     for (int k = 0; k < passes; ++k) runs += flags_in(all, k) != 0 ? 1 : 0;
