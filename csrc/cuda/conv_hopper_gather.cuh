@@ -9,30 +9,15 @@ namespace deltafx::cuda {
 struct HopperRow {
   int from;  // in elements from the input's own beginning
   uint32_t taps;
-  int site;
 
   __device__ HopperRow() {}
-  __device__ HopperRow(const GemmParams& p, int site_or_none)
-      : HopperRow(p, max(site_or_none, 0), position_of(max(site_or_none, 0), p.h, p.w)) {
-    if (site_or_none < 0) *this = none();
-  }
-  __device__ HopperRow(const GemmParams& p, int own_site, const Position& at) : site(own_site) {
+  // Of a row without a site, -1, nothing is read.
+  __device__ HopperRow(const GemmParams& p, int site) {
+    const Position at = position_of(max(site, 0), p.h, p.w);
     const int h = static_cast<int>(p.x.h), w = static_cast<int>(p.x.w);
     const int y = p.y.base(at.y), x = p.x_axis.base(at.x);
-    from = ((at.n * h + y) * w + x) * static_cast<int>(p.x.ld);
-    taps = inside(y, p.y.phase, h) | inside(x, p.x_axis.phase, w) << kMostTaps;
-  }
-  // The same, where a window is the site itself.
-  static __device__ HopperRow point(const GemmParams& p, int own_site) {
-    HopperRow row;
-    row.from = own_site * static_cast<int>(p.x.ld), row.taps = 1, row.site = own_site;
-    return row;
-  }
-  // A row without a site: nothing of it is read.
-  static __device__ HopperRow none() {
-    HopperRow row;
-    row.from = 0, row.taps = 0, row.site = -1;
-    return row;
+    from = site < 0 ? 0 : ((at.n * h + y) * w + x) * static_cast<int>(p.x.ld);
+    taps = site < 0 ? 0 : inside(y, p.y.phase, h) | inside(x, p.x_axis.phase, w) << kMostTaps;
   }
 
  private:
@@ -75,14 +60,23 @@ class HopperGather {
     begin_tap();
     work_out(channel_, tap_y_, tap_x_);
   }
-  // Turns to a tile.
+  // Turns to a tile: its rows, or its sites, if a window is the site itself.
   __device__ void take(const HopperRow* rows) {
     const int row = static_cast<int>(threadIdx.x) / 8;
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
       from_[i] = static_cast<const T*>(p_.x.data) + rows[row + i * kCopyRows].from;
       taps_[i] = rows[row + i * kCopyRows].taps;
-      if constexpr (Traits::kPoints) from_[i] += channel_;
+    }
+  }
+  __device__ void take(const int* sites) {
+    const int row = static_cast<int>(threadIdx.x) / 8;
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+      const int site = sites[row + i * kCopyRows];
+      from_[i] =
+          static_cast<const T*>(p_.x.data) + max(site, 0) * static_cast<int>(p_.x.ld) + channel_;
+      taps_[i] = site < 0 ? 0 : 1;
     }
   }
 

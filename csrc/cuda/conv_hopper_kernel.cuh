@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   static_assert(kRows == 1 << kRowBits);
   extern __shared__ char dynamic[];
   __shared__ uint64_t barriers[kStages + 1];  // of the stages; of the sums from other blocks
-  __shared__ HopperRow rows[kRows];
+  __shared__ int sites[kRows];                // of the tile; -1: none
+  __shared__ HopperRow rows[Traits::kPoints ? 1 : kRows];
   __shared__ __align__(16) ColumnConstants<kColumns> constants;
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
   const int first_column = static_cast<int>(blockIdx.y) * kColumns;
@@ -160,30 +161,26 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     const int first_row = tile * kRows, count = min(kRows, size - first_row);
     // What was written to the stages' memory comes before the copies into it.
     if (!first) fence_async();
-    __syncthreads();
     if (lists_itself) {
-      if (tid >= count && tid < kRows) rows[tid] = HopperRow::none();
-      own.each(first_row, first_row + count, [&](int i, int row, int x) {
-        const int site = row * p.w.value + x;
-        if constexpr (Traits::kPoints) {
-          rows[i - first_row] = HopperRow::point(p, site);
-        } else {
-          const int n = p.h.divide(row);
-          rows[i - first_row] = HopperRow(p, site, {n, row - n * p.h.value, x});
-        }
-      });
-    } else if (tid < kRows) {
+      own.list(first_row, sites);
+    } else {
+      if (!first) __syncthreads();
       const int i = first_row + tid;
       if (i != guess && tid < count) entry = p.list.entries[first_entry + i];
-      if constexpr (Traits::kPoints)
-        rows[tid] = tid < count ? HopperRow::point(p, entry) : HopperRow::none();
-      else
-        rows[tid] = HopperRow(p, tid < count ? entry : -1);
+      if (tid < count) sites[tid] = entry;
+    }
+    if (tid >= count && tid < kRows) sites[tid] = -1;
+    if constexpr (!Traits::kPoints) {
+      if (lists_itself) __syncthreads();
+      if (tid < kRows) rows[tid] = HopperRow(p, sites[tid]);
     }
     __syncthreads();
 
     if (!first || !lists_itself) gather.begin(first_step);
-    gather.take(rows);
+    if constexpr (Traits::kPoints)
+      gather.take(sites);
+    else
+      gather.take(rows);
     int next = first_step;
     // The next step of depth into stage `to`.
     const auto load = [&](int to) {
@@ -195,13 +192,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       commit_copies();
     };
     int stage = at_first;
-#pragma unroll 1
+#pragma unroll(Traits::kPoints ? kStages - 1 : 1)
     for (int i = 0; i < kStages - 1; ++i) load(wrap(stage + i));
 
     SiteUnit<T> unit;
     // By whole warps.
     const bool finishes = tid < own_units && own_row - (lane / 4 << row_bits) < count;
-    if (finishes) unit.fetch(p, rows[own_row].site, c);
+    if (finishes) unit.fetch(p, sites[own_row], c);
 
     float sums[Traits::kSums], total[Traits::kSums];
 #pragma unroll

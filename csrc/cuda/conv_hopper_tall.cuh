@@ -34,12 +34,6 @@ struct TallTraits {
   static_assert(kRows * kColumns * 4 <= kStages * kStageBytes, "sums reuse the stages");
 };
 
-// What the gather needs of a HopperRow.
-struct TallRow {
-  int from;
-  uint32_t taps;
-};
-
 // copy_chunk by way of L1.
 __device__ __forceinline__ void copy_chunk_by_l1(uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? kChunkBytes : 0;
@@ -73,7 +67,7 @@ class TallGather {
   }
 
   // Turns to a tile.
-  __device__ void begin(const TallRow* rows) {
+  __device__ void begin(const HopperRow* rows) {
     tap_y_ = first_y_, tap_x_ = first_x_, channel_ = first_channel_;
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i)
@@ -118,7 +112,7 @@ class TallGather {
   uint32_t to_;
   int chunk_, channel_, tap_y_, tap_x_;
   int first_y_, first_x_, first_channel_;  // of a tile
-  TallRow rows_[kOwnRows];
+  HopperRow rows_[kOwnRows];
 };
 
 template <class Traits>
@@ -131,7 +125,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   constexpr int kStages = Traits::kStages, kTiles = Traits::kTiles, kUnits = Traits::kUnits;
   extern __shared__ char dynamic[];
   __shared__ uint64_t barriers[kStages + 1];  // of the stages; of the sums from other blocks
-  __shared__ TallRow rows[kTiles][kRows];
+  __shared__ HopperRow rows[kTiles][kRows];
   __shared__ int sites[kTiles][kRows];
   __shared__ __align__(16) ColumnConstants<kColumns> constants;
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
@@ -173,9 +167,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   // Works out rows of `own_tile` for slot `slot`, and reads the entries for this thread's next.
   const auto make_rows = [&](int slot) {
     const bool valid = own_tile * kRows + own_row < size;
-    const HopperRow row(p, valid ? entry : -1);
-    rows[slot][own_row] = {row.from, row.taps};
-    sites[slot][own_row] = row.site;
+    sites[slot][own_row] = valid ? entry : -1;
+    rows[slot][own_row] = HopperRow(p, sites[slot][own_row]);
     own_tile += 2 * blocks;
     const int next = own_tile * kRows + own_row;
     if (next < size) entry = p.list.entries[first_entry + next];

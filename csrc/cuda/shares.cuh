@@ -15,8 +15,7 @@
 namespace deltafx::cuda {
 
 struct Shares {
-  static constexpr int kRuns = 1024;          // of a share, at most
-  static constexpr int kMostWidth = 1 << 14;  // of a map
+  static constexpr int kRuns = 1024;  // of a share, at most
 
   int count;
   int most;     // runs of a share
@@ -24,13 +23,12 @@ struct Shares {
   Divisor per_row, h;
 
   Shares() = default;
-  // wanted: how many there should be; more, where a block could not look at all of its share. None
-  // of a map that is too wide.
+  // wanted: how many there should be; more, where a block could not look at all of its share.
   Shares(const FeatureMap& map, int wanted)
       : w(static_cast<int>(map.w)), per_row((w + kFlags - 1) / kFlags), h(static_cast<int>(map.h)) {
     runs = static_cast<int>(map.n * map.h) * per_row.value;
-    count = w > kMostWidth ? 0 : std::max({1, std::min(wanted, runs), (runs + kRuns - 1) / kRuns});
-    most = count > 0 ? (runs + count - 1) / count : 0;
+    count = std::max({1, std::min(wanted, runs), (runs + kRuns - 1) / kRuns});
+    most = (runs + count - 1) / count;
   }
 
   __host__ __device__ bool any() const { return count > 0; }
@@ -44,22 +42,12 @@ struct Shares {
   }
 };
 
-// The candidates in the share of a block of kThreads. They are listed by their runs, for a thread
-// that would put down one site after the other takes longer than all else here.
+// The candidates in the share of a block of kThreads.
 template <int kThreads, class Query>
 class OwnCandidates {
   static constexpr int kPasses = Shares::kRuns / kThreads;  // a thread has so many runs at most
   using Flags = std::conditional_t<kPasses * kFlags <= 32, uint32_t, uint64_t>;
   static_assert(kPasses * kFlags <= 64, "a thread's flags are one word");
-
-  // A run with candidates, in a row y + n * h of the map.
-  struct Run {
-    static constexpr int kBeforeBits = 13, kXShift = kBeforeBits + kFlags;
-    static_assert(Shares::kRuns * kFlags <= 1 << kBeforeBits, "the last run's sites before it");
-    static_assert(Shares::kMostWidth / kFlags <= 1 << (32 - kXShift), "a run's number in its row");
-    int row;
-    uint32_t bits;  // its number in the row; its candidates; how many those of runs before are
-  };
 
  public:
   __device__ __forceinline__ OwnCandidates(const Query& query, const Shares& shares, int share)
@@ -67,93 +55,84 @@ class OwnCandidates {
 
   // Called before find; nothing here depends on the kernel before this one.
   __device__ __forceinline__ void prepare() {
-    has_run_ = turn_to(0);
-    question_ = question();
+    const Turn turn = turn_of(0);
+    has_run_ = turn.has_run;
+    first_ = turn.first(shares_);
+    question_ = question(turn);
   }
 
-  // Finds them; called by all threads. Needs a barrier before anything is done with them.
+  // Finds them; called by all threads.
   __device__ __forceinline__ void find() {
     __shared__ int warps[kThreads / 32];
-    __shared__ Run found[Shares::kRuns];
-    found_ = found;
-    const int passes = (shares_.most + kThreads - 1) / kThreads;
-    Flags all = 0;
+    all_ = 0;
     bool has_run = has_run_;
 #pragma unroll 1
-    for (int k = 0; k < passes; ++k) {  // the query's code only once, for it is long
-      if (k > 0 && (has_run = turn_to(k))) question_ = question();
-      if (has_run) all |= static_cast<Flags>(question_.flags()) << (k * kFlags);
+    for (int k = 0; k < passes(); ++k) {  // the query's code only once, for it is long
+      if (k > 0) {
+        const Turn turn = turn_of(k);
+        has_run = turn.has_run;
+        question_ = question(turn);
+      }
+      if (has_run) all_ |= static_cast<Flags>(question_.flags()) << (k * kFlags);
     }
-    if (passes > 1) turn_to(0);
-    int sites = count_of(all), runs = 0;
-#pragma unroll 1
-    for (int k = 0; k < passes; ++k) runs += flags_in(all, k) != 0 ? 1 : 0;
-    int totals;
-    const int before = sum_before<kThreads>(runs << 16 | sites, warps, &totals);
-    size_ = totals & 0xffff;
-    runs_ = totals >> 16;
-    sites = before & 0xffff;
-    runs = before >> 16;
-#pragma unroll 1
-    for (int k = 0; k < passes; ++k) {
-      const uint32_t flags = flags_in(all, k);
-      if (flags == 0) continue;
-      if (k > 0) turn_to(k);
-      const int x = run_ - row_ * shares_.per_row.value;
-      found[runs++] = {row_, static_cast<uint32_t>(x) << Run::kXShift | flags << Run::kBeforeBits |
-                                 static_cast<uint32_t>(sites)};
-      sites += __popc(flags);
-    }
+    before_ = sum_before<kThreads>(count_of(all_), warps, &size_);
   }
   __device__ __forceinline__ int size() const { return size_; }
 
-  // use(i, row, x) for each candidate: it is number i, from `from` up to `to`, and site x of the
-  // map's row y + n * h. Called by all threads; each takes some.
-  template <class Use>
-  __device__ __forceinline__ void each(int from, int to, const Use& use) const {
-    const int bit = static_cast<int>(threadIdx.x) % kFlags;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) / kFlags; i < runs_; i += kThreads / kFlags) {
-      const Run run = found_[i];
-      const uint32_t flags = run.bits >> Run::kBeforeBits;
-      const int number = static_cast<int>(run.bits & ((1u << Run::kBeforeBits) - 1)) +
-                         __popc(flags & ((1u << bit) - 1));
-      if ((flags >> bit & 1) == 0 || number < from || number >= to) continue;
-      use(number, run.row, static_cast<int>(run.bits >> Run::kXShift) * kFlags + bit);
-    }
-  }
-  // Lists the sites of number `from` to from + kRoom; needs a barrier before they are read.
+  // Lists the sites of number `from` to from + kRoom, one after another from those before on;
+  // called by all threads. Needs a barrier before they are read.
   template <int kRoom>
-  __device__ __forceinline__ void list(int from, int (&sites)[kRoom]) const {
-    __syncthreads();
-    each(from, from + kRoom, [&](int i, int row, int x) { sites[i - from] = row * shares_.w + x; });
+  __device__ __forceinline__ void list(int from, int (&sites)[kRoom]) {
+    if (from > 0) __syncthreads();
+    if (all_ == 0) return;
+    int at = before_ - from;
+#pragma unroll 1
+    for (int k = 0; k < passes(); ++k) {
+      const uint32_t flags = static_cast<uint32_t>(all_ >> (k * kFlags));
+      const int first = k == 0 ? first_ : turn_of(k).first(shares_);
+#pragma unroll
+      for (int bit = 0; bit < kFlags; ++bit) {
+        const bool found = (flags >> bit & 1) != 0;
+        if (found && static_cast<unsigned>(at) < kRoom) sites[at] = first + bit;
+        at += found ? 1 : 0;
+      }
+    }
   }
 
  private:
-  // To the thread's run of pass k; false: there is none.
-  __device__ __forceinline__ bool turn_to(int k) {
-    const bool has_run = shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &run_);
-    row_ = shares_.per_row.divide(run_);
-    return has_run;
+  // The thread's run of a pass, and the map's row y + n * h that it is in.
+  struct Turn {
+    int run, row;
+    bool has_run;
+    __device__ __forceinline__ int x(const Shares& shares) const {
+      return (run - row * shares.per_row.value) * kFlags;
+    }
+    __device__ __forceinline__ int first(const Shares& shares) const {
+      return row * shares.w + x(shares);
+    }
+  };
+  __device__ __forceinline__ Turn turn_of(int k) const {
+    Turn turn;
+    turn.has_run = shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &turn.run);
+    turn.row = shares_.per_row.divide(turn.run);
+    return turn;
   }
-  __device__ __forceinline__ RunQuestion<Query> question() const {
-    const int n = shares_.h.divide(row_), x = (run_ - row_ * shares_.per_row.value) * kFlags;
-    return {query_, run_, {n, row_ - n * shares_.h.value, x}, min(kFlags, shares_.w - x)};
+  __device__ __forceinline__ RunQuestion<Query> question(const Turn& turn) const {
+    const int n = shares_.h.divide(turn.row), x = turn.x(shares_);
+    return {query_, turn.run, {n, turn.row - n * shares_.h.value, x}, min(kFlags, shares_.w - x)};
   }
-  static __device__ __forceinline__ uint32_t flags_in(Flags all, int k) {
-    return static_cast<uint32_t>(all >> (k * kFlags)) & ((1u << kFlags) - 1);
-  }
+  __device__ __forceinline__ int passes() const { return (shares_.most + kThreads - 1) / kThreads; }
   static __device__ __forceinline__ int count_of(uint32_t v) { return __popc(v); }
   static __device__ __forceinline__ int count_of(uint64_t v) { return __popcll(v); }
 
   const Query& query_;
   const Shares& shares_;
   int share_;
-  int run_, row_;  // of the pass that is on
-  bool has_run_;   // in pass 0, of which the question is
+  bool has_run_;  // in pass 0, of which the next two are
+  int first_;     // the run's first site
   RunQuestion<Query> question_;
-  const Run* found_;
-  int size_, runs_;
+  Flags all_;  // of all passes, one after another
+  int before_, size_;
 };
 
 // How many sites are expected to be candidates: where a twentieth of every picture changed, in a
