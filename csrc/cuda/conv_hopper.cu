@@ -37,33 +37,6 @@ bool is_tall(const GemmParams& p) {
   return expected_tiles(p) >= least;
 }
 
-// Tiles of 64 sites: how many of them are expected, filled; how many clusters have room at a time.
-double expected_small_tiles(const GemmParams& p) { return expected_candidates(p.out.acc) / 64; }
-int columns_of(const GemmParams& p) {
-  return static_cast<int>((p.out.acc.c + HopperTiling::kColumns - 1) / HopperTiling::kColumns);
-}
-int resident_clusters(int columns, int cluster) {
-  const int blocks = HopperTiling::kBlocksPerMultiprocessor * current_device().multiprocessors;
-  // Of the largest clusters not as many fit as there is room for their blocks.
-  return (cluster < 8 ? blocks : blocks * 3 / 4) / (columns * cluster);
-}
-// Whether so many clusters are enough for each to find its own candidates. A share of more than one
-// tile makes its cluster take twice as long, and they are not all alike.
-bool can_share(const GemmParams& p, int clusters) {
-  return clusters >= 1.6 * expected_small_tiles(p);
-}
-
-// The blocks of a cluster for tiles of 64 sites in whose shares candidates are found, where that is
-// quicker than a list and tall tiles; else 0. As timed on an H100: a step takes a third of a
-// microsecond; and what a list costs is shared, if others of the same candidates need one anyway,
-// which those of shallow sums, in one part, are quick enough to wait for.
-int cluster_in_shares(const GemmParams& p) {
-  constexpr int kMostSteps = 10;  // of a part
-  for (int cluster = p.cluster; cluster > 1 && steps_of(p) <= kMostSteps * cluster; cluster /= 2)
-    if (can_share(p, resident_clusters(columns_of(p), cluster))) return cluster;
-  return 0;
-}
-
 // Into how many parts the depth of a tile of 128 sites is split.
 int parts_of(const GemmParams& p) {
   constexpr int kMost = 8, kLeastSteps = 4;  // of a part
@@ -87,20 +60,29 @@ bool conv_hopper_takes(const GemmParams& p) {
 }
 
 HopperTiling::HopperTiling(const GemmParams& p)
-    : tall(is_tall(p)), columns(columns_of(p)), cluster(tall ? parts_of(p) : p.cluster) {
-  if (const int small = tall ? cluster_in_shares(p) : 0) tall = false, cluster = small;
+    : tall(is_tall(p)),
+      columns(static_cast<int>((p.out.acc.c + kColumns - 1) / kColumns)),
+      cluster(tall ? parts_of(p) : p.cluster) {
   const int64_t tiles = (p.out.acc.sites() + rows() - 1) / rows();
-  const int resident = resident_clusters(columns, cluster);
+  const int blocks = kBlocksPerMultiprocessor * current_device().multiprocessors;
+  // Of the largest clusters not as many fit as there is room for their blocks.
+  const int resident = (cluster < 8 ? blocks : blocks * 3 / 4) / (columns * cluster);
   clusters = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tiles, resident)));
 }
 
 Shares conv_hopper_shares(const GemmParams& p) {
   const HopperTiling tiling(p);
-  if (tiling.tall || !can_share(p, tiling.clusters)) return {};
+  Shares none{};
+  if (tiling.tall) return none;
+  const double expected = expected_candidates(p.out.acc) / tiling.rows();  // tiles, filled
+  // A share of more than one tile makes its cluster take twice as long, and they are not all alike.
+  if (tiling.clusters < 1.6 * expected) return none;
   // The fewer, the less often a tile's weights are read; an image's are few. But a small map's
   // share of the candidates is the least certain, and there are multiprocessors to spare.
-  const int wanted = static_cast<int>((p.x.c <= 4 ? 3 : 2) * expected_small_tiles(p)) + 1;
+  const int wanted = static_cast<int>((p.x.c <= 4 ? 3 : 2) * expected) + 1;
   const int spare = current_device().multiprocessors / (4 * tiling.columns * tiling.cluster);
+  // Deep sums of many channels: two clusters would read all of the weights for the sites of one.
+  if (tiling.cluster > 1 && tiling.clusters < wanted) return none;
   return Shares(p.out.acc, std::min(tiling.clusters, std::max(wanted, spare)));
 }
 

@@ -267,16 +267,19 @@ def test_every_picture_is_gated_like_a_frame(video):
     assert [compiled.thresholds[f"input_0_t{t}_encoded"] for t in range(4)] == [0.5] * 4
 
 
-def test_a_picture_that_changes_costs_its_surroundings(video):
+def test_a_picture_that_changes_costs_its_surroundings(video, device):
     compiled = deltafx.compile(video, threshold=0)
     x = torch.randn(1, 3, 8, 40, 40)
     compiled(x)
     x[:, :, 2, 10, 10] += 1
     compiled(x)
     nodes = compiled.stats().nodes
-    assert [nodes[f"input_0_t{t}_encoded"].active for t in range(8)] == [0, 0, 1, 0, 0, 0, 0, 0]
+    together = device.type == "cuda"  # a part of a concatenation has the active sites of all of it
+    active = [nodes[f"input_0_t{t}_encoded"].active for t in range(8)]
+    assert active == [int(together or t == 2) for t in range(8)]
     assert nodes["stem_0_t1"].active == nodes["stem_0_t3"].active == 25
-    assert (nodes["stem_0_t7"].candidates, nodes["stem_0_t7"].active) == (25, 0)
+    assert nodes["stem_0_t7"].candidates == 25
+    assert nodes["stem_0_t7"].active == (25 if together else 0)
 
 
 def test_torch_compile(video):
