@@ -78,7 +78,10 @@ __device__ __forceinline__ uint32_t bits_of(uint64_t bytes) {
   return static_cast<uint32_t>((bytes & 0x0101010101010101ull) * 0x0102040810204080ull >> 56);
 }
 
-// The same of two words.
+// The same of one word, and of two.
+__device__ __forceinline__ uint32_t bits_of(uint32_t bytes) {
+  return __dp4a(bytes, 0x08040201u, 0u);
+}
 __device__ __forceinline__ uint32_t bits_of(uint2 bytes) {
   return __dp4a(bytes.y, 0x80402010u, __dp4a(bytes.x, 0x08040201u, 0u));
 }

@@ -203,7 +203,7 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
     p.weight = static_cast<const char*>(launched.weight) + phase.weights * size;
     p.list = list_in(launched.memory, c.out.counts, i, parts);
     const ConvQuery query(p.x_mask, p.residual_mask, p.y, p.x_axis, streams);
-    p.windows = query.windows;
+    p.windows = query.windows_of_shares();
     const bool may_list = !launched.listed && parts == 1 && streams == nullptr;
     p.shares = may_list ? shares_of(p, launched) : Shares{};
     cudaError_t error = cudaSuccess;

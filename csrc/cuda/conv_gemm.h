@@ -21,8 +21,9 @@ struct GemmAxis {
 };
 
 // How candidates are found: words of the masks are words of flags; windows of neighbours, of up to
-// 3x3 or 8x8, where eight sites' taps lie in three or four words of a row; others.
-enum class Windows { points, small, wide, any };
+// 3x3, where eight sites' taps lie in three words of a row, or in five of half the size, or of up
+// to 8x8, in four words; others.
+enum class Windows { points, small, narrow, wide, any };
 
 struct GemmParams {
   Output out;

@@ -1,6 +1,8 @@
 #include "cuda/conv_hopper.h"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 
 #include "cuda/launch.h"
 
@@ -37,6 +39,64 @@ bool is_tall(const GemmParams& p) {
   return expected_tiles(p) >= least;
 }
 
+// As a block of the convolutions takes up room on a multiprocessor.
+__global__ void __launch_bounds__(256) block_of_half() {}
+
+// How many clusters of so many blocks have room on the device at a time: those of several blocks
+// leave some of it empty.
+int clusters_at_a_time(int cluster) {
+  const int blocks = HopperTiling::kBlocksPerMultiprocessor * current_device().multiprocessors;
+  if (cluster == 1) return blocks;
+  constexpr int kMostDevices = 64, kSizes = 4;
+  static std::array<std::array<std::atomic<int>, kSizes>, kMostDevices> known{};
+  int index = 0;
+  cudaGetDevice(&index);
+  std::atomic<int>& count = known[index % kMostDevices][cluster == 2 ? 1 : cluster == 4 ? 2 : 3];
+  if (count == 0) {
+    constexpr int kSharedBytes = 72 * 1024;
+    cudaFuncSetAttribute(block_of_half, cudaFuncAttributePreferredSharedMemoryCarveout,
+                         shared_percent());
+    cudaFuncSetAttribute(block_of_half, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    cudaLaunchAttribute size{};
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim.x = static_cast<unsigned>(cluster);
+    size.val.clusterDim.y = size.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks / cluster * cluster));
+    config.blockDim = dim3(256);
+    config.dynamicSmemBytes = kSharedBytes;
+    config.attrs = &size;
+    config.numAttrs = 1;
+    int found = 0;
+    const bool told = cudaOccupancyMaxActiveClusters(&found, block_of_half, &config) == cudaSuccess;
+    count = told && found > 0 ? found : std::max(1, blocks * 3 / 4 / cluster);
+  }
+  return count;
+}
+
+int columns_of(const GemmParams& p) {
+  return static_cast<int>((p.out.acc.c + HopperTiling::kColumns - 1) / HopperTiling::kColumns);
+}
+
+// How many tiles of 64 sites there will be, filled.
+double expected_small_tiles(const GemmParams& p) { return expected_candidates(p.out.acc) / 64; }
+
+// Whether so many clusters are enough for each to find its own candidates: a share of more than one
+// tile makes its cluster take twice as long, and they are not all alike.
+bool can_share(const GemmParams& p, int clusters) {
+  return clusters >= 1.5 * expected_small_tiles(p);
+}
+
+// The blocks of a cluster for tiles of 64 sites in whose shares candidates are found, where that is
+// quicker than a list and tall tiles; else 0. Not of shallow sums, in one part: they are quick, and
+// others of the same candidates can have the list.
+int cluster_in_shares(const GemmParams& p) {
+  constexpr int kMostSteps = 10;  // of a part: each takes a third of a microsecond, on an H100
+  for (int cluster = p.cluster; cluster > 1 && steps_of(p) <= kMostSteps * cluster; cluster /= 2)
+    if (can_share(p, clusters_at_a_time(cluster) / columns_of(p))) return cluster;
+  return 0;
+}
+
 // Into how many parts the depth of a tile of 128 sites is split.
 int parts_of(const GemmParams& p) {
   constexpr int kMost = 8, kLeastSteps = 4;  // of a part
@@ -60,30 +120,24 @@ bool conv_hopper_takes(const GemmParams& p) {
 }
 
 HopperTiling::HopperTiling(const GemmParams& p)
-    : tall(is_tall(p)),
-      columns(static_cast<int>((p.out.acc.c + kColumns - 1) / kColumns)),
-      cluster(tall ? parts_of(p) : p.cluster) {
+    : tall(is_tall(p)), columns(columns_of(p)), cluster(tall ? parts_of(p) : p.cluster) {
+  if (const int small = tall ? cluster_in_shares(p) : 0) tall = false, cluster = small;
   const int64_t tiles = (p.out.acc.sites() + rows() - 1) / rows();
-  const int blocks = kBlocksPerMultiprocessor * current_device().multiprocessors;
-  // Of the largest clusters not as many fit as there is room for their blocks.
-  const int resident = (cluster < 8 ? blocks : blocks * 3 / 4) / (columns * cluster);
-  clusters = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tiles, resident)));
+  const int room = clusters_at_a_time(cluster) / columns;
+  clusters = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tiles, room)));
 }
 
 Shares conv_hopper_shares(const GemmParams& p) {
   const HopperTiling tiling(p);
-  Shares none{};
-  if (tiling.tall) return none;
-  const double expected = expected_candidates(p.out.acc) / tiling.rows();  // tiles, filled
-  // A share of more than one tile makes its cluster take twice as long, and they are not all alike.
-  if (tiling.clusters < 1.6 * expected) return none;
+  if (tiling.tall || !can_share(p, tiling.clusters)) return {};
   // The fewer, the less often a tile's weights are read; an image's are few. But a small map's
   // share of the candidates is the least certain, and there are multiprocessors to spare.
-  const int wanted = static_cast<int>((p.x.c <= 4 ? 3 : 2) * expected) + 1;
+  const int wanted = static_cast<int>((p.x.c <= 4 ? 3 : 2) * expected_small_tiles(p)) + 1;
   const int spare = current_device().multiprocessors / (4 * tiling.columns * tiling.cluster);
-  // Deep sums of many channels: two clusters would read all of the weights for the sites of one.
-  if (tiling.cluster > 1 && tiling.clusters < wanted) return none;
-  return Shares(p.out.acc, std::min(tiling.clusters, std::max(wanted, spare)));
+  FeatureMap map = p.out.acc;
+  // Eight points in a row may go on from one row to the next.
+  if (p.windows == Windows::points) map.h = map.sites() / kFlags, map.w = kFlags, map.n = 1;
+  return Shares(map, std::min(tiling.clusters, std::max(wanted, spare)));
 }
 
 bool conv_hopper_bears(const GemmParams& p, double wider) {

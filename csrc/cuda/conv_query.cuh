@@ -27,10 +27,11 @@ struct ConvQuery {
   ConvQuery(const Mask& x_mask, const Mask& residual_mask, const GemmAxis& y, const GemmAxis& x_of,
             const int32_t* active_streams)
       : x(x_mask), residual(residual_mask), y_axis(y), x_axis(x_of), streams(active_streams) {
-    windows = are_points()                   ? Windows::points
-              : are_in_words(kSmall, kSmall) ? Windows::small
-              : are_in_words(kWide, 4)       ? Windows::wide
-                                             : Windows::any;
+    windows = are_points() && x.w % kFlags == 0 ? Windows::points
+              : are_in_words(kSmall, 3, 8)      ? Windows::small
+              : are_in_words(kSmall, 5, 4)      ? Windows::narrow
+              : are_in_words(kWide, 4, 8)       ? Windows::wide
+                                                : Windows::any;
   }
   // Of a kernel that finds its candidates itself.
   __device__ explicit ConvQuery(const GemmParams& p)
@@ -76,7 +77,11 @@ struct ConvQuery {
 
   // Whether flags_at answers for eight sites.
   __device__ bool has_places() const {
-    return windows == Windows::small || windows == Windows::wide;
+    return windows == Windows::small || windows == Windows::narrow || windows == Windows::wide;
+  }
+  // How windows are found in runs that go on from row to row.
+  Windows windows_of_shares() const {
+    return are_points() && x.n * x.h * x.w % kFlags == 0 ? Windows::points : windows;
   }
 
   __device__ uint32_t flags(const Position& at, int count) const {
@@ -140,27 +145,32 @@ struct ConvQuery {
   // Where the taps of eight sites lie in the masks: which words of which rows there are, and that
   // tap 0 of the first site is byte `shift` of the first.
   struct Place {
-    const uint2 *from, *own;
+    const uint8_t *from, *own;
     int rows, columns, shift;
+    int own_sites;  // up to the row's end
   };
   __device__ __forceinline__ Place place(const Position& at) const {
-    const int h = static_cast<int>(x.h), w = static_cast<int>(x.w) >> 3;
+    const int log_bytes = windows == Windows::narrow ? 2 : 3;
+    const int h = static_cast<int>(x.h), w = static_cast<int>(x.w) >> log_bytes;
     const int top = at.y * y_axis.stride + y_axis.phase.offset;
-    const int left = at.x * x_axis.stride + x_axis.phase.offset, first = left >> 3;
+    const int left = at.x * x_axis.stride + x_axis.phase.offset, first = left >> log_bytes;
     // The rows from max(top, 0) up to min(top + taps, h), the words of a row likewise.
     const int rows = bits_between(-top, min(y_axis.phase.taps, h - top));
-    const int columns = bits_between(-first, min(4, w - first));
+    const int columns = bits_between(-first, min(8, w - first));
     const auto own = static_cast<int64_t>(at.n * static_cast<int>(residual.h) + at.y) *
                          static_cast<int>(residual.w) +
                      at.x;
-    return {
-        reinterpret_cast<const uint2*>(x.data) + static_cast<int64_t>(at.n * h + top) * w + first,
-        residual.data == nullptr ? nullptr : reinterpret_cast<const uint2*>(residual.data + own),
-        rows, columns, left & 7};
+    return {x.data + ((static_cast<int64_t>(at.n * h + top) * w + first) << log_bytes),
+            residual.data == nullptr ? nullptr : residual.data + own,
+            rows,
+            columns,
+            left & ((1 << log_bytes) - 1),
+            static_cast<int>(residual.w) - at.x};
   }
   __device__ __forceinline__ uint32_t flags_at(const Place& place) const {
-    return windows == Windows::small ? flags_of_words<kSmall, kSmall>(place)
-                                     : flags_of_words<kWide, 4>(place);
+    return windows == Windows::small    ? flags_of_words<uint2, kSmall, 3>(place)
+           : windows == Windows::narrow ? flags_of_words<uint32_t, kSmall, 5>(place)
+                                        : flags_of_words<uint2, kWide, 4>(place);
   }
 
  private:
@@ -227,59 +237,74 @@ struct ConvQuery {
   }
   static constexpr int kSmall = 3, kWide = 8;  // taps of an axis
 
+  static __device__ __forceinline__ uint2 either(uint2 a, uint2 b) {
+    return make_uint2(a.x | b.x, a.y | b.y);
+  }
+  static __device__ __forceinline__ uint32_t either(uint32_t a, uint32_t b) { return a | b; }
   // All words are asked for together, and from then on a byte of the mask is a bit.
-  template <int kRows, int kWords>
+  template <class Word, int kRows, int kWords>
   __device__ __forceinline__ uint32_t flags_of_words(const Place& place) const {
-    const int w = static_cast<int>(x.w) >> 3, taps = x_axis.phase.taps;
-    constexpr int kAtOnce = kRows > 4 ? kRows / 2 : kRows;
-    uint2 any[kWords] = {}, own = make_uint2(0, 0);
-    if (place.own != nullptr) own = *place.own;
-    const uint2* from = place.from;
+    constexpr int kBytes = static_cast<int>(sizeof(Word)), kAtOnce = kRows > 4 ? kRows / 2 : kRows;
+    const int w = static_cast<int>(x.w) / kBytes, taps = x_axis.phase.taps;
+    const auto* from = reinterpret_cast<const Word*>(place.from);
+    const auto* own_words = reinterpret_cast<const Word*>(place.own);
     __builtin_assume(__isGlobal(from));
+    __builtin_assume(__isGlobal(own_words));
+    Word any[kWords] = {}, own[kFlags / kBytes] = {};
+    if (own_words != nullptr) {
+#pragma unroll
+      for (int k = 0; k < kFlags / kBytes; ++k)
+        if (k * kBytes < place.own_sites) own[k] = own_words[k];
+    }
 #pragma unroll 1
     for (int rows = place.rows; rows != 0; rows >>= kAtOnce, from += kAtOnce * w) {
-      uint2 words[kAtOnce][kWords];
+      Word words[kAtOnce][kWords];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
 #pragma unroll
         for (int k = 0; k < kWords; ++k) {
-          words[j][k] = make_uint2(0, 0);
+          words[j][k] = {};
           if ((rows >> j & place.columns >> k & 1) != 0) words[j][k] = from[j * w + k];
         }
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
 #pragma unroll
-        for (int k = 0; k < kWords; ++k)
-          any[k] = make_uint2(any[k].x | words[j][k].x, any[k].y | words[j][k].y);
+        for (int k = 0; k < kWords; ++k) any[k] = either(any[k], words[j][k]);
       }
     }
-    uint32_t bits = 0;
+    uint32_t bits = 0, own_bits = 0;
 #pragma unroll
-    for (int k = 0; k < kWords; ++k) bits |= bits_of(any[k]) << (8 * k);
+    for (int k = 0; k < kWords; ++k) bits |= bits_of(any[k]) << (kBytes * k);
+#pragma unroll
+    for (int k = 0; k < kFlags / kBytes; ++k) own_bits |= bits_of(own[k]) << (kBytes * k);
     bits >>= place.shift;
     // Tap after tap to the left, by doubling.
     if (taps > 1) bits |= bits >> 1;
     if (taps > 2) bits |= bits >> min(2, taps - 2);
     if (kRows > 4 && taps > 4) bits |= bits >> (taps - 4);
-    return (x_axis.stride == 2 ? even_bits(bits) : bits & 0xff) | bits_of(own);
+    return (x_axis.stride == 2 ? even_bits(bits) : bits & 0xff) | own_bits;
   }
 
-  static bool at_word(const Mask& mask) {
-    return (mask.w | static_cast<int64_t>(reinterpret_cast<uintptr_t>(mask.data))) % 8 == 0;
+  static bool is_in_words(const Mask& mask, int bytes) {
+    return (mask.w | static_cast<int64_t>(reinterpret_cast<uintptr_t>(mask.data))) % bytes == 0;
   }
+  // Whether windows are the sites themselves, and the masks begin with words.
   bool are_points() const {
     return y_axis.phase.taps == 1 && x_axis.phase.taps == 1 && y_axis.stride == 1 &&
            x_axis.stride == 1 && y_axis.pad == 0 && x_axis.pad == 0 && !y_axis.transposed &&
-           at_word(x) && reinterpret_cast<uintptr_t>(residual.data) % 8 == 0;
+           (reinterpret_cast<uintptr_t>(x.data) | reinterpret_cast<uintptr_t>(residual.data)) %
+                   kFlags ==
+               0;
   }
-  // Whether the windows are of up to `most` neighbours along an axis, and eight sites' taps, in
-  // which the first is byte 7 at most of its word, lie in so many words.
-  bool are_in_words(int most, int words) const {
+  // Whether the windows are of up to `most` neighbours along an axis, and eight sites' taps lie in
+  // so many words of so many bytes, the first of them anywhere in the first.
+  bool are_in_words(int most, int words, int bytes) const {
     return y_axis.phase.taps <= most && x_axis.phase.taps <= most && y_axis.phase.step == 1 &&
            x_axis.phase.step == 1 && x_axis.stride <= 2 && !y_axis.transposed &&
-           7 + 7 * x_axis.stride + x_axis.phase.taps <= 8 * words && streams == nullptr &&
-           at_word(x) && (residual.data == nullptr || at_word(residual));
+           bytes - 1 + 7 * x_axis.stride + x_axis.phase.taps <= bytes * words &&
+           streams == nullptr && is_in_words(x, bytes) &&
+           (residual.data == nullptr || is_in_words(residual, bytes));
   }
   // Bit i of the lower byte: bit 2 * i.
   static __device__ __forceinline__ uint32_t even_bits(uint32_t v) {
