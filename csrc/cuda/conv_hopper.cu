@@ -88,11 +88,11 @@ bool can_share(const GemmParams& p, int clusters) {
 }
 
 // The blocks of a cluster for tiles of 64 sites in whose shares candidates are found, where that is
-// quicker than a list, and than tall tiles if they are the other way; else 0. Not of shallow sums,
-// in one part: they are quick, and others of the same candidates can have the list.
-int cluster_in_shares(const GemmParams& p, bool or_tall) {
-  const int most_steps = or_tall ? 10 : 18;  // of a part: each takes 0.3 us on an H100, a list 1.8
-  for (int cluster = p.cluster; cluster > 1 && steps_of(p) <= most_steps * cluster; cluster /= 2)
+// quicker than a list and tall tiles; else 0. Not of shallow sums, in one part: they are quick, and
+// others of the same candidates can have the list.
+int cluster_in_shares(const GemmParams& p) {
+  constexpr int kMostSteps = 10;  // of a part: each takes a third of a microsecond, on an H100
+  for (int cluster = p.cluster; cluster > 1 && steps_of(p) <= kMostSteps * cluster; cluster /= 2)
     if (can_share(p, clusters_at_a_time(cluster) / columns_of(p))) return cluster;
   return 0;
 }
@@ -121,7 +121,7 @@ bool conv_hopper_takes(const GemmParams& p) {
 
 HopperTiling::HopperTiling(const GemmParams& p)
     : tall(is_tall(p)), columns(columns_of(p)), cluster(tall ? parts_of(p) : p.cluster) {
-  if (const int small = cluster_in_shares(p, tall)) tall = false, cluster = small;
+  if (const int small = tall ? cluster_in_shares(p) : 0) tall = false, cluster = small;
   const int64_t tiles = (p.out.acc.sites() + rows() - 1) / rows();
   const int room = clusters_at_a_time(cluster) / columns;
   clusters = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tiles, room)));

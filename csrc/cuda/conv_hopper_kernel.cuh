@@ -80,12 +80,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const auto wrap = [](int stage) { return stage & (kStages - 1); };
   // The stage of a tile's first step, for so many of them.
   const auto first_stage = [&](int count) { return wrap(1 - count); };
-  // How many steps are asked for before the first is looked at: all of them, if they have room.
-  const auto loads_first = [](int count) { return count <= kStages ? kStages : kStages - 1; };
   // The first steps' weights can be on their way as soon as it is known which those are: a share's
   // tiles are always split. `early`: the tile's first step for which they are not.
   const int own_step = steps * rank >> part_bits, own_end = steps * (rank + 1) >> part_bits;
-  int early = lists_itself ? min(own_step + loads_first(own_end - own_step), own_end) : 0;
+  int early = lists_itself ? min(own_step + kStages - 1, own_end) : 0;
   const auto early_stage = [&](int step) {
     return wrap(first_stage(own_end - own_step) + step - own_step);
   };
@@ -196,9 +194,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     int stage = at_first;
 #pragma unroll(Traits::kPoints ? kStages - 1 : 1)
     for (int i = 0; i < kStages - 1; ++i) load(wrap(stage + i));
-    const int count_of_steps = last_step - first_step;
-    const bool at_once = count_of_steps <= kStages;
-    if (at_once) load(wrap(stage + kStages - 1));
 
     SiteUnit<T> unit;
     // By whole warps.
@@ -212,31 +207,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     bool fresh = true;
     const uint32_t matrices = matrix_low(stages);
     const uint32_t own_columns = (kRows + tid / 128 * 32) * kRowBytes / 16;
-    const auto wait_for_weights = [&](int at_stage) {
-      wait_for_barrier(barrier_of(at_stage), phases >> at_stage & 1);
-      phases ^= 1u << at_stage;
-    };
-    if (at_once) {  // what a step costs beside its products, it costs for all of them once
-      wait_for_copies<0>();
-#pragma unroll 1
-      for (int i = 0; i < count_of_steps; ++i) wait_for_weights(wrap(stage + i));
-      __syncthreads();
-    }
 #pragma unroll 1
     for (int step = first_step; step < last_step; ++step) {
-      if (!at_once) {
-        wait_for_copies<kStages - 2>();
-        // cp.async writes as the threads do, and was seen to need no fence before the products.
-        wait_for_products(sums);
-        wait_for_weights(stage);
-        __syncthreads();
-        if (split && step == last_step - 1) arrive_in_cluster();  // kSumStage is free
-        if (step == part_end) {
+      wait_for_copies<kStages - 2>();
+      // cp.async writes as the threads do, and was seen to need no fence before the products.
+      wait_for_products(sums);
+      wait_for_barrier(barrier_of(stage), phases >> stage & 1);
+      phases ^= 1u << stage;
+      __syncthreads();
+      if (split && step == last_step - 1) arrive_in_cluster();  // kSumStage is free
+      if (step == part_end) {
 #pragma unroll
-          for (int i = 0; i < Traits::kSums; ++i) total[i] += sums[i];
-          part_end = steps * ++part >> part_bits;
-          fresh = true;
-        }
+        for (int i = 0; i < Traits::kSums; ++i) total[i] += sums[i];
+        part_end = steps * ++part >> part_bits;
+        fresh = true;
       }
       const uint32_t at = matrices + stage * (Traits::kStageBytes / 16);
       begin_products();
@@ -246,14 +230,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
                     !(fresh && k == 0));
       commit_products();
       fresh = false;
-      if (!at_once) load(wrap(stage - 1));
+      load(wrap(stage - 1));
       stage = wrap(stage + 1);
     }
     wait_for_products(sums);
-    if (at_once) {
-      __syncthreads();  // the first step may be in kSumStage
-      if (split) arrive_in_cluster();
-    }
     early = 0;
 
     // The sums: of a whole tile to its own threads, of a split one to the block that finishes the
