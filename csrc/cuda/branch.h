@@ -26,16 +26,26 @@ enum Branch : int32_t { kDelta = 0, kEverywhere = 1, kNothing = 2 };
 struct BranchParams {
   Mask masks[kMostInputs];  // update masks of the frame's inputs
   int inputs;
-  bool may_skip;      // whether nothing needs to be done where nothing changed
-  float dense_above;  // share of changed squares above which a frame is computed everywhere
+  bool may_skip;        // whether nothing needs to be done where nothing changed
+  bool has_everywhere;  // whether there is a branch that computes everywhere
+  float dense_above;    // share of changed squares above which a frame is computed everywhere
   BranchState* state;
+  int32_t* told;  // host memory that is told the choice, too, some time later
 };
 
-// Enqueues the decision and, for a stream that is being captured, a conditional node behind it with
-// one of the bodies. `bodies`: the graph of the delta branch; then, if there is one, that of the
-// branch that computes everywhere. They are copied. cudaErrorNotSupported where the runtime or
-// the driver has no such nodes.
+// For a stream that is being captured. cudaErrorNotSupported where the runtime or the driver has no
+// conditional nodes.
+//
+// Enqueues the decision, and a conditional node behind it with one of the bodies. `bodies`: the
+// graph of the delta branch; then, if there is one, that of the branch that computes everywhere.
+// They are copied.
 cudaError_t branch(const BranchParams& p, const cudaGraph_t* bodies, int count,
                    cudaStream_t stream);
+// Enqueues the decision in front of the delta branch's own kernels, which follow in any case: where
+// everywhere is to be computed the masks are cleared, so that they find no candidate.
+cudaError_t decide(const BranchParams& p, unsigned long long* handle, cudaStream_t stream);
+// Enqueues the graph of the branch that computes everywhere, behind them, for frames that were
+// decided so.
+cudaError_t otherwise(unsigned long long handle, cudaGraph_t everywhere, cudaStream_t stream);
 
 }  // namespace deltafx::cuda

@@ -1,5 +1,5 @@
-// deltafx::branch: chooses on the device how a frame that is being captured as a CUDA graph goes
-// on. CUDA only.
+// deltafx::branch, deltafx::decide, deltafx::otherwise: how a frame that is being captured as a
+// CUDA graph goes on is chosen on the device; see cuda/branch.h. CUDA only.
 #ifdef DELTAFX_CUDA
 #include "cuda/branch.h"
 #endif
@@ -10,18 +10,20 @@ namespace deltafx {
 #ifdef DELTAFX_CUDA
 namespace {
 
-void branch(const Tensor& state, at::TensorList masks, bool may_skip, double dense_above,
-            at::IntArrayRef bodies) {
+cuda::BranchParams params_of(const Tensor& state, at::TensorList masks, bool may_skip,
+                             bool has_everywhere, double dense_above, const Tensor& told) {
   static_assert(sizeof(cuda::BranchState) == 4 * sizeof(int32_t));
   TORCH_CHECK_TYPE(state.scalar_type() == at::kInt && state.numel() == 4 && state.is_contiguous() &&
                        state.storage_offset() % 2 == 0,
                    "deltafx: state must be four int32 at a multiple of 8 bytes, not ",
                    state.sizes(), " of ", state.scalar_type());
+  TORCH_CHECK_TYPE(
+      told.scalar_type() == at::kInt && told.numel() == 1 && told.is_cpu() && told.is_pinned(),
+      "deltafx: told must be one int32 in pinned memory, not ", told.sizes(), " of ",
+      told.scalar_type());
   TORCH_CHECK_VALUE(!masks.empty() && masks.size() <= cuda::kMostInputs,
                     "deltafx: a frame has 1 to ", cuda::kMostInputs, " inputs here, not ",
                     masks.size());
-  TORCH_CHECK_VALUE(bodies.size() == 1 || bodies.size() == 2,
-                    "deltafx: there are one or two bodies, not ", bodies.size());
   cuda::BranchParams p{};
   for (const Tensor& mask : masks) {
     check_same_device(mask, state, "a mask");
@@ -32,13 +34,41 @@ void branch(const Tensor& state, at::TensorList masks, bool may_skip, double den
                            mask.size(2)};
   }
   p.may_skip = may_skip;
+  p.has_everywhere = has_everywhere;
   p.dense_above = static_cast<float>(dense_above);
   p.state = static_cast<cuda::BranchState*>(state.data_ptr());
+  p.told = static_cast<int32_t*>(told.data_ptr());
+  return p;
+}
+
+cudaGraph_t graph_of(int64_t raw) {
+  return reinterpret_cast<cudaGraph_t>(raw);  // NOLINT: how torch hands graphs out
+}
+
+void branch(const Tensor& state, at::TensorList masks, bool may_skip, double dense_above,
+            at::IntArrayRef bodies, const Tensor& told) {
+  TORCH_CHECK_VALUE(bodies.size() == 1 || bodies.size() == 2,
+                    "deltafx: there are one or two bodies, not ", bodies.size());
+  const cuda::BranchParams p =
+      params_of(state, masks, may_skip, bodies.size() > 1, dense_above, told);
   cudaGraph_t graphs[2] = {};
-  for (size_t i = 0; i < bodies.size(); ++i)
-    graphs[i] = reinterpret_cast<cudaGraph_t>(bodies[i]);  // NOLINT: how torch hands graphs out
+  for (size_t i = 0; i < bodies.size(); ++i) graphs[i] = graph_of(bodies[i]);
   run_on_cuda(state, [&](cudaStream_t stream) {
     return cuda::branch(p, graphs, static_cast<int>(bodies.size()), stream);
+  });
+}
+
+int64_t decide(const Tensor& state, at::TensorList masks, bool may_skip, bool has_everywhere,
+               double dense_above, const Tensor& told) {
+  const cuda::BranchParams p = params_of(state, masks, may_skip, has_everywhere, dense_above, told);
+  unsigned long long handle = 0;
+  run_on_cuda(state, [&](cudaStream_t stream) { return cuda::decide(p, &handle, stream); });
+  return static_cast<int64_t>(handle);
+}
+
+void otherwise(const Tensor& state, int64_t handle, int64_t everywhere) {
+  run_on_cuda(state, [&](cudaStream_t stream) {
+    return cuda::otherwise(static_cast<unsigned long long>(handle), graph_of(everywhere), stream);
   });
 }
 
@@ -47,12 +77,21 @@ void branch(const Tensor& state, at::TensorList masks, bool may_skip, double den
 
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def(
-      "branch(Tensor(a!) state, Tensor[] masks, bool may_skip, float dense_above, int[] bodies) -> "
-      "()",
+      "branch(Tensor(a!) state, Tensor[] masks, bool may_skip, float dense_above, int[] bodies, "
+      "Tensor told) -> ()",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "decide(Tensor(a!) state, Tensor(b!)[] masks, bool may_skip, bool has_everywhere, "
+      "float dense_above, Tensor told) -> int",
+      {at::Tag::pt2_compliant_tag});
+  m.def("otherwise(Tensor state, int handle, int everywhere) -> ()", {at::Tag::pt2_compliant_tag});
 }
 #ifdef DELTAFX_CUDA
-TORCH_LIBRARY_IMPL(deltafx, CUDA, m) { m.impl("branch", branch); }
+TORCH_LIBRARY_IMPL(deltafx, CUDA, m) {
+  m.impl("branch", branch);
+  m.impl("decide", decide);
+  m.impl("otherwise", otherwise);
+}
 #endif
 
 }  // namespace deltafx

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import deltafx
-from deltafx.cuda_graph import WARM_UP_FRAMES, FrameGraph
+from deltafx.cuda_graph import BRANCHES, WARM_UP_FRAMES, FrameGraph
 from tests.exactness import Oracle
 from tests.nets import Net, nets
 from tests.scenes import Scene, scenes
@@ -73,6 +73,36 @@ def test_the_branch_follows_how_much_changed(dtype: torch.dtype) -> None:
             assert node.active == int(model.update_mask(name).sum()), name
             assert node.active == node.sites or branch != "dense", name
     oracle.check()
+
+
+def test_both_graphs_give_the_same() -> None:
+    """The one with a switch, and the one that the lowered graph follows in any case."""
+    net = small_net().half()
+    torch.manual_seed(0)
+    clip = [picture(net)]
+    for i in range(20):
+        clip.append([with_box(clip[-1]), clip[-1], picture(net), with_box(clip[-1])][i % 4])
+    runs, models = [], [deltafx.compile(net, threshold=0.1, dense_above=0.35) for _ in range(2)]
+    for model in models:
+        for frame in clip[: WARM_UP_FRAMES + 1]:
+            model(frame)
+        run = model._require().run
+        assert isinstance(run, FrameGraph)
+        runs.append(run)
+    branches = set()
+    for i, frame in enumerate(clip):
+        results, stats = [], []
+        for model, run, told in zip(models, runs, ("delta", "nothing"), strict=True):
+            torch.cuda.synchronize()
+            run._told.fill_(BRANCHES.index(told))
+            results.append(model(frame))
+            torch.cuda.synchronize()
+            assert BRANCHES[run._told.item()] == model.stats().branch
+            stats.append(model.stats().nodes)
+        assert torch.equal(*results), i
+        assert stats[0] == stats[1], i
+        branches.add(models[0].stats().branch)
+    assert branches == set(BRANCHES)
 
 
 def test_tf32() -> None:
