@@ -16,9 +16,9 @@ All branches are evaluations of the same function on the same state, which each 
 frame may take any branch, whatever the frames before it took, and the choice is one of cost alone.
 
 The switch between branches costs 15 to 20 us. So there is a second graph for the usual frame, in
-which the lowered graph just follows the comparison: where nothing changed it finds nothing to do, and
-where the most did, its masks are cleared and the other branch comes behind it. The host takes it
-while the last frame that the device has told of ran the lowered graph.
+which the lowered graph just follows the comparison: where nothing changed it finds nothing to do,
+and where the most did, its masks are cleared and the other branch comes behind it. The host takes
+it while the last frame that the device has told of ran the lowered graph.
 
 Where a frame cannot be captured (a dense op that synchronizes, or whose work depends on values),
 the frames go on without a graph, and a `CudaGraphWarning` says so once. Where only the branches
@@ -267,10 +267,11 @@ class FrameGraph:
                     torch.ops.deltafx.otherwise(self._state, handle, bodies[1])
                 return outputs
 
-            self._hold(*_record(frame, keep_graph=True, pool=delta.pool()), direct=True)
+            switching, outputs = _record(frame, keep_graph=True, pool=delta.pool())
+            self._hold(switching, outputs, direct=True)
             if self._parts.keeps_all:
                 switched = self._launch
-                self._bodies.append(self._captured)
+                self._bodies.append(switching)
                 self._hold(*_record(straight, keep_graph=True, pool=delta.pool()), direct=True)
                 self._launch = functools.partial(_either, self._told, self._launch, switched)
         except RuntimeError as error:
@@ -388,7 +389,7 @@ def _either(
     inputs: tuple[Tensor, ...],
 ) -> list[Any]:
     """Launches the graph that is likely the quicker one."""
-    return (straight if BRANCHES[told.item()] == "delta" else switched)(inputs)
+    return (straight if BRANCHES[int(told)] == "delta" else switched)(inputs)
 
 
 def _record(
