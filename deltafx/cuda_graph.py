@@ -133,7 +133,7 @@ class FrameGraph:
         sites = [plan.slots[plan.places[node].slot].sites for node in plan.nodes]
         self._all_sites = torch.tensor([[n, 0] for n in sites], device=plan.device)
         # The choice of a recent frame, in host memory that the device writes into.
-        self._told = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self._told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
         self._frames = 0
         self._captured: torch.cuda.CUDAGraph | None = None
         self._bodies: list[torch.cuda.CUDAGraph] = []  # whose memory the captured graph uses

@@ -166,7 +166,7 @@ def test_wrong_arguments_are_told() -> None:
         torch.zeros(4, dtype=torch.int32, device="cuda"),
         torch.ones(1, 4, 4).bool().cuda(),
     )
-    told = torch.zeros(1, dtype=torch.int32).pin_memory()
+    told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
     with pytest.raises(ValueError, match="one or two bodies"):
         torch.ops.deltafx.branch(state, [mask], True, 0.5, [], told)
     with pytest.raises(ValueError, match="1 to 32 inputs"):
