@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import deltafx
 from deltafx.cuda_graph import WARM_UP_FRAMES, FrameGraph
 from deltafx.passes.run_beside import BESIDE
+from tests.bottleneck import Bottleneck
 from tests.exactness import exact_over
 from tests.tangled_net import TangledNet
 
@@ -20,28 +21,16 @@ pytestmark = pytest.mark.cuda
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-class Block(nn.Module):
-    """A bottleneck with a shortcut of its input, or of a convolution of that."""
-
-    def __init__(self, cin: int, c: int, stride: int = 1) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(cin, c, 1), nn.Conv2d(c, c, 3, stride, 1)
-        self.three = nn.Conv2d(c, 4 * c, 1)
-        self.down = None if cin == 4 * c else nn.Conv2d(cin, 4 * c, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.three(self.two(self.one(x).relu()).relu())
-        return (y + (x if self.down is None else self.down(x))).relu()
-
-
 class Branching(nn.Module):
     """Blocks, and heads on two levels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-        self.fine = nn.Sequential(Block(64, 64), Block(256, 64))
-        self.coarse = nn.Sequential(Block(256, 128, 2), Block(512, 128), Block(512, 72, 2))
+        self.fine = nn.Sequential(Bottleneck(64, 64), Bottleneck(256, 64))
+        self.coarse = nn.Sequential(
+            Bottleneck(256, 128, 2), Bottleneck(512, 128), Bottleneck(512, 72, 2)
+        )
         self.heads = nn.ModuleList(nn.Conv2d(256, 8, 3, padding=1) for _ in range(3))
         self.last = nn.Conv2d(288, 24, 1)
 

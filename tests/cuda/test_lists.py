@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import deltafx
 from deltafx.state import list_room, mask_room
+from tests.bottleneck import Bottleneck
 from tests.exactness import exact_over
 
 pytestmark = pytest.mark.cuda
@@ -82,25 +83,11 @@ def test_what_does_not_fit_is_refused() -> None:
         ops.find_candidates(*one, x, random_mask(1, 8, 9), *window, *two, None, 1)
 
 
-class Block(nn.Module):
-    """A bottleneck with its input, or a convolution of that, added."""
-
-    def __init__(self, cin: int, c: int, stride: int = 1) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(cin, c, 1), nn.Conv2d(c, c, 3, stride, 1)
-        self.three = nn.Conv2d(c, 4 * c, 1)
-        self.down = None if cin == 4 * c else nn.Conv2d(cin, 4 * c, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.three(self.two(self.one(x).relu()).relu())
-        return (y + (x if self.down is None else self.down(x))).relu()
-
-
 def blocks() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU(), Block(64, 64), Block(256, 64), Block(256, 72, 2),
-        Block(288, 72),
+        nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU(), Bottleneck(64, 64), Bottleneck(256, 64),
+        Bottleneck(256, 72, 2), Bottleneck(288, 72),
     ).eval().cuda()  # fmt: skip
 
 
@@ -229,7 +216,9 @@ def test_the_rule_is_that_of_the_kernels() -> None:
 def test_a_model_by_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule itself is asked, of a map that is large enough for it, and the results are right."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1), nn.ReLU(), Block(64, 64), Block(256, 64))
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3, 1, 1), nn.ReLU(), Bottleneck(64, 64), Bottleneck(256, 64)
+    )
     net = net.eval().cuda().half()
     asked: list[bool] = []
     rule = module.bears_list
