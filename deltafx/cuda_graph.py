@@ -141,6 +141,7 @@ class FrameGraph:
         self._outputs: list[Any] = []
         self._random = False  # whether a frame draws random numbers
         self._readers: dict[int, int] = {}  # nodes of the graph by the id of the input they compare
+        self._writers: list[int] = []  # those that hand out the outputs
         self._launch: Callable[[tuple[Tensor, ...]], list[Any]]
 
     @property
@@ -228,7 +229,7 @@ class FrameGraph:
 
         def frame() -> Any:
             self._run_head()
-            return self._run_body()
+            return self._hand_out(self._run_body())
 
         direct = HANDS_OUT_GRAPHS and not self._random
         self._hold(*_record(frame, keep_graph=direct), direct=direct)
@@ -254,7 +255,7 @@ class FrameGraph:
                 torch.ops.deltafx.branch(
                     self._state, masks, self._parts.may_skip, dense_above, bodies, self._told
                 )
-                return outputs
+                return self._hand_out(outputs)
 
             def straight() -> list[Any]:
                 self._run_head()
@@ -265,7 +266,7 @@ class FrameGraph:
                 self._run_body()
                 if len(bodies) > 1:
                     torch.ops.deltafx.otherwise(self._state, handle, bodies[1])
-                return outputs
+                return self._hand_out(outputs)
 
             switching, outputs = _record(frame, keep_graph=True, pool=delta.pool())
             self._hold(switching, outputs, direct=True)
@@ -285,7 +286,9 @@ class FrameGraph:
         readers = [self._readers.get(id(t), 0) if alone else 0 for t, alone in pairs]
         results = [o for o in outputs if isinstance(o, Tensor)]
         raw = graph.raw_cuda_graph() if direct else 0
-        frame = torch.classes.deltafx.FrameLaunch(raw, self._inputs, readers, results)
+        frame = torch.classes.deltafx.FrameLaunch(
+            raw, self._inputs, readers, results, self._writers
+        )
 
         def replay(inputs: tuple[Tensor, ...]) -> list[Tensor]:
             frame.read(inputs)
@@ -305,6 +308,12 @@ class FrameGraph:
         head = _Head(fx.GraphModule(self._tensors, self._parts.head))
         head.run(*self._inputs)
         self._readers = head.readers
+
+    def _hand_out(self, outputs: list[Any]) -> list[Any]:
+        """Copies outputs to where each launch is told to, in a graph that is being captured."""
+        hand_out = torch.classes.deltafx.FrameLaunch.hand_out
+        self._writers = [hand_out(o) for o in outputs if isinstance(o, Tensor)]
+        return outputs
 
     def _run_body(self) -> Any:
         """Runs what is captured as the lowered graph's body."""

@@ -37,10 +37,13 @@ class FrameLaunch : public torch::CustomClassHolder {
  public:
   // graph: the cudaGraph_t, or 0, if another launches it: between `read` and `results`. inputs:
   // what it reads. readers: for each of them the node that alone reads it (see last_node), or 0:
-  // then frames are copied there. outputs: what it writes. Whoever makes this keeps the graph.
+  // then frames are copied there. outputs: what it writes. writers: for each of them the node that
+  // hands it out, or 0: then it is copied behind the graph. Whoever makes this keeps the graph.
   FrameLaunch(int64_t graph, std::vector<Tensor> inputs, const std::vector<int64_t>& readers,
-              std::vector<Tensor> outputs)
+              std::vector<Tensor> outputs, const std::vector<int64_t>& writers)
       : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
+    TORCH_CHECK(outputs_.size() == writers.size(), "deltafx: there are ", outputs_.size(),
+                " outputs and ", writers.size(), " writers of them");
     TORCH_CHECK(!inputs_.empty() && inputs_.size() == readers.size(), "deltafx: there are ",
                 inputs_.size(), " inputs and ", readers.size(), " readers of them");
     const c10::cuda::CUDAGuard guard(inputs_[0].device());
@@ -59,6 +62,9 @@ class FrameLaunch : public torch::CustomClassHolder {
       }
       readers_.push_back({node, own});
     }
+    for (const int64_t writer : writers)
+      writers_.push_back(graph_ == nullptr ? nullptr
+                                           : reinterpret_cast<cudaGraphNode_t>(writer));  // NOLINT
   }
   FrameLaunch(const FrameLaunch&) = delete;
   FrameLaunch& operator=(const FrameLaunch&) = delete;
@@ -70,8 +76,22 @@ class FrameLaunch : public torch::CustomClassHolder {
   std::vector<Tensor> run(const std::vector<Tensor>& frames) {
     const c10::cuda::CUDAGuard guard(inputs_[0].device());
     read(frames);
+    std::vector<Tensor> made;
+    made.reserve(outputs_.size());
+    for (size_t i = 0; i < outputs_.size(); ++i) {
+      const Tensor& t = outputs_[i];
+      if (writers_[i] == nullptr) {
+        made.emplace_back();
+        continue;
+      }
+      made.push_back(
+          at::detail::empty_strided_cuda(t.sizes(), t.strides(), t.scalar_type(), t.device()));
+      C10_CUDA_CHECK(cuda::hand_out_to(graph_, writers_[i], made[i].mutable_data_ptr()));
+    }
     C10_CUDA_CHECK(cudaGraphLaunch(graph_, c10::cuda::getCurrentCUDAStream().stream()));
-    return results();
+    for (size_t i = 0; i < outputs_.size(); ++i)
+      if (writers_[i] == nullptr) made[i] = copy_of(outputs_[i]);
+    return made;
   }
 
   // Lets the next launch read these frames.
@@ -130,6 +150,7 @@ class FrameLaunch : public torch::CustomClassHolder {
 
   std::vector<Tensor> inputs_, outputs_;
   std::vector<Reader> readers_;
+  std::vector<cudaGraphNode_t> writers_;
   cudaGraphExec_t graph_ = nullptr;
 };
 
@@ -149,15 +170,30 @@ int64_t last_node(const Tensor& like) {
   return 0;
 }
 
+// Has the current stream, which is being captured, hand out an output, to wherever FrameLaunch says
+// at each launch; the node of it, or 0, if that cannot be.
+int64_t hand_out(const Tensor& output) {
+  if (!is_plain(output) || !output.is_non_overlapping_and_dense() || output.numel() == 0 ||
+      reinterpret_cast<uintptr_t>(output.const_data_ptr()) % kAlignment != 0)
+    return 0;
+  void* own = output.mutable_data_ptr();  // until it is told
+  run_on_cuda(output, [&](cudaStream_t stream) {
+    return cuda::hand_out(own, own, static_cast<int64_t>(output.nbytes()), stream);
+  });
+  return last_node(output);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.class_<FrameLaunch>("FrameLaunch")
-      .def(torch::init<int64_t, std::vector<Tensor>, std::vector<int64_t>, std::vector<Tensor>>())
+      .def(torch::init<int64_t, std::vector<Tensor>, std::vector<int64_t>, std::vector<Tensor>,
+                       std::vector<int64_t>>())
       .def("run", &FrameLaunch::run)
       .def("read", &FrameLaunch::read)
       .def("results", &FrameLaunch::results)
-      .def_static("last_node", &last_node);
+      .def_static("last_node", &last_node)
+      .def_static("hand_out", &hand_out);
 }
 
 }  // namespace deltafx
