@@ -39,7 +39,8 @@ struct GemmParams {
   const float* pre_shift;
   Activation pre_act;
   GemmAxis y, x_axis;
-  Windows windows;
+  Windows windows = Windows::any;
+
   int depth;         // taps * cin
   int packed_depth;  // row length of the packed weights
   int cluster;       // parts of a depth that are summed by themselves; blocks that may share it

@@ -47,20 +47,17 @@ __global__ void __launch_bounds__(256) block_of_half() {}
 int clusters_at_a_time(int cluster) {
   const int blocks = HopperTiling::kBlocksPerMultiprocessor * current_device().multiprocessors;
   if (cluster == 1) return blocks;
-  constexpr int kMostDevices = 64, kSizes = 4;
-  static std::array<std::array<std::atomic<int>, kSizes>, kMostDevices> known{};
+  constexpr int kMostDevices = 64, kMostBlocks = 8;
+  static std::array<std::array<std::atomic<int>, kMostBlocks + 1>, kMostDevices> known{};
   int index = 0;
   cudaGetDevice(&index);
-  std::atomic<int>& count = known[index % kMostDevices][cluster == 2 ? 1 : cluster == 4 ? 2 : 3];
+  std::atomic<int>& count = known[index % kMostDevices][cluster];
   if (count == 0) {
     constexpr int kSharedBytes = 72 * 1024;
     cudaFuncSetAttribute(block_of_half, cudaFuncAttributePreferredSharedMemoryCarveout,
                          shared_percent());
     cudaFuncSetAttribute(block_of_half, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    cudaLaunchAttribute size{};
-    size.id = cudaLaunchAttributeClusterDimension;
-    size.val.clusterDim.x = static_cast<unsigned>(cluster);
-    size.val.clusterDim.y = size.val.clusterDim.z = 1;
+    cudaLaunchAttribute size = in_clusters(cluster);
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks / cluster * cluster));
     config.blockDim = dim3(256);

@@ -33,6 +33,15 @@ inline int shared_percent() {
   return current_device().capability == 90 ? 72 : cudaSharedmemCarveoutMaxShared;
 }
 
+// Has so many blocks along x be a cluster.
+inline cudaLaunchAttribute in_clusters(int blocks) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
                    Args&&... args) {
@@ -54,12 +63,7 @@ cudaError_t launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t str
     cudaLaunchAttribute& serialization = attributes[config.numAttrs++];
     serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     serialization.val.programmaticStreamSerializationAllowed = 1;
-    if (grid.cluster > 1) {
-      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
-      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    }
+    if (grid.cluster > 1) attributes[config.numAttrs++] = in_clusters(grid.cluster);
   }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...);
 }

@@ -213,6 +213,13 @@ def test_the_rule_is_that_of_the_kernels() -> None:
     assert not rule(1, 144, 192, 64, 256, 1, True, 0), "its blocks find their candidates"
 
 
+@pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 2), (2, 2), (1, 7), (3, 3)])
+def test_a_map_of_a_few_sites_needs_no_list(h: int, w: int) -> None:
+    """Fewer than the sites that a thread looks at together, or no multiple of them."""
+    for kernel in (1, 3):
+        assert not bears(1, h, w, 64, 64, kernel, False, 0)
+
+
 def test_a_model_by_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule itself is asked, of a map that is large enough for it, and the results are right."""
     torch.manual_seed(0)

@@ -44,7 +44,7 @@ def test_many_channels(channels, pattern, device):
 
 
 def test_wide_map(device):
-    """Few sites, but too many of a row to go without a list."""
+    """Few sites, and all of one row."""
     mask = make_mask("random", 1, 1, 17001)
     kwargs = {"x": torch.randn(1, 8, 1, 17001), "scale": torch.randn(8)}
     check(OP, kwargs, {"x": mask}, mask, torch.float32, device)
