@@ -15,10 +15,12 @@ graph, calls that need not wait for one another run beside each other.
 All branches are evaluations of the same function on the same state, which each leaves valid: so a
 frame may take any branch, whatever the frames before it took, and the choice is one of cost alone.
 
-The switch between branches costs 15 to 20 us. So there is a second graph for the usual frame, in
-which the lowered graph just follows the comparison: where nothing changed it finds nothing to do,
-and where the most did, its masks are cleared and the other branch comes behind it. The host takes
-it while the last frame that the device has told of ran the lowered graph.
+The switch between branches costs 15 to 20 us. So for an image there is a second graph for the usual
+frame, in which one kernel clears, compares and decides, and the lowered graph just follows: where
+nothing changed it finds nothing to do, and where the most did the input's mask is left empty, and
+the other branch runs beside it. The host takes it while the last frame that the device has told of
+ran the lowered graph. As they may run beside each other, the branches share nothing that both would
+write: the one that computes everywhere has masks of its own, all set, and counts and lists.
 
 Where a frame cannot be captured (a dense op that synchronizes, or whose work depends on values),
 the frames go on without a graph, and a `CudaGraphWarning` says so once. Where only the branches
@@ -41,11 +43,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from typing_extensions import override
 
-from deltafx.beside import BesideInterpreter
+from deltafx.beside import BesideInterpreter, Point
 from deltafx.choose_ways import choose_ways
 from deltafx.errors import CudaGraphWarning, UnsupportedDeviceError
 from deltafx.ops.encode import is_frame
-from deltafx.state import COUNTS, MASKS, NOT_FINITE, StatePlan, lose_state, place_name
+from deltafx.state import (
+    COUNTS,
+    MASKS,
+    NOT_FINITE,
+    StatePlan,
+    allocate_frame,
+    lose_state,
+    place_name,
+)
 
 WARM_UP_FRAMES = 2
 
@@ -132,11 +142,13 @@ class FrameGraph:
         self._plan = plan
         sites = [plan.slots[plan.places[node].slot].sites for node in plan.nodes]
         self._all_sites = torch.tensor([[n, 0] for n in sites], device=plan.device)
+        self._run_everywhere: fx.GraphModule | None = None  # with tensors of its own
         # The choice of a recent frame, in host memory that the device writes into.
         self._told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
         self._frames = 0
         self._captured: torch.cuda.CUDAGraph | None = None
         self._bodies: list[torch.cuda.CUDAGraph] = []  # whose memory the captured graph uses
+        self._switching: torch.cuda.CUDAGraph | None = None  # the one for all branches, if of two
         self._inputs: list[Tensor] = []
         self._outputs: list[Any] = []
         self._random = False  # whether a frame draws random numbers
@@ -157,6 +169,15 @@ class FrameGraph:
     def branch(self) -> str:
         """What the last frame ran, one of `BRANCHES`; waits for the device."""
         return BRANCHES[int(self._state[0])] if self.has_branches else "delta"
+
+    def settle(self) -> None:
+        """Writes the masks and counts of the last frame, if it was computed everywhere.
+
+        Such a frame leaves them alone, for whoever asks. Waits for the device.
+        """
+        if self.branch() == "dense":
+            self._tensors[MASKS].fill_(True)
+            self._tensors[COUNTS].copy_(self._all_sites)
 
     def describe(self) -> str:
         """How frames run, in words for the user."""
@@ -257,23 +278,15 @@ class FrameGraph:
                 )
                 return self._hand_out(outputs)
 
-            def straight() -> list[Any]:
-                self._run_head()
-                handle = torch.ops.deltafx.decide(
-                    self._state, masks, self._parts.may_skip, len(bodies) > 1, dense_above,
-                    self._told,
-                )  # fmt: skip
-                self._run_body()
-                if len(bodies) > 1:
-                    torch.ops.deltafx.otherwise(self._state, handle, bodies[1])
-                return self._hand_out(outputs)
-
             switching, outputs = _record(frame, keep_graph=True, pool=delta.pool())
             self._hold(switching, outputs, direct=True)
-            if self._parts.keeps_all:
+            begin = self._begin()
+            if begin is not None and self._parts.keeps_all:
                 switched = self._launch
-                self._bodies.append(switching)
-                self._hold(*_record(straight, keep_graph=True, pool=delta.pool()), direct=True)
+                self._switching = switching
+                straight = functools.partial(self._run_straight, begin, dense_above, outputs)
+                # In memory of its own: the other branch may run beside it.
+                self._hold(*_record(straight, keep_graph=True), direct=True)
                 self._launch = functools.partial(_either, self._told, self._launch, switched)
         except RuntimeError as error:
             self.no_branches = _reason(error)
@@ -309,38 +322,73 @@ class FrameGraph:
         head.run(*self._inputs)
         self._readers = head.readers
 
+    def _begin(self) -> tuple[Any, ...] | None:
+        """What `begin_frame` takes of the head, if that can begin a frame."""
+        if not torch.classes.deltafx.CapturePoint.supported(self._state.device):
+            return None
+        head = _Arguments(fx.GraphModule(self._tensors, self._parts.head))
+        head.run(*self._inputs)
+        if len(head.compared) != 1:
+            return None
+        arguments = (*head.compared[0], *head.cleared)
+        return arguments if torch.ops.deltafx.begins_frame(*arguments) else None
+
+    def _point(self) -> Point:
+        return torch.classes.deltafx.CapturePoint.here(self._state)
+
     def _hand_out(self, outputs: list[Any]) -> list[Any]:
         """Copies outputs to where each launch is told to, in a graph that is being captured."""
         hand_out = torch.classes.deltafx.FrameLaunch.hand_out
         self._writers = [hand_out(o) for o in outputs if isinstance(o, Tensor)]
         return outputs
 
+    def _run_straight(
+        self, begin: tuple[Any, ...], dense_above: float, outputs: list[Any]
+    ) -> list[Any]:
+        """Runs what is captured as the graph for the usual frame; `begin`: as `_begin` tells."""
+        everywhere = self._bodies[1:]
+        handle, reader = torch.ops.deltafx.begin_frame(
+            *begin, self._state, self._parts.may_skip, bool(everywhere), dense_above, self._told
+        )
+        self._readers = {id(begin[_X]): reader}
+        ends = []
+        for body in everywhere:
+            begun = self._point()
+            torch.ops.deltafx.otherwise(self._state, handle, body.raw_cuda_graph())
+            ends.append(self._point())
+            begun.go_back()
+        self._run_body()
+        for end in ends:
+            end.join()
+        return self._hand_out(outputs)
+
     def _run_body(self) -> Any:
         """Runs what is captured as the lowered graph's body."""
-        point = torch.classes.deltafx.CapturePoint
-        if not point.supported(self._state.device):
+        if not torch.classes.deltafx.CapturePoint.supported(self._state.device):
             return self._runner(self._parts.body)()
-        module = fx.GraphModule(self._tensors, self._parts.body)
-        body = BesideInterpreter(module, functools.partial(point.here, self._state))
+        body = BesideInterpreter(fx.GraphModule(self._tensors, self._parts.body), self._point)
         outputs = body.run(*self._inputs)
         self.beside = body.count
         return outputs
 
     def _record_everywhere(self, outputs: list[Any]) -> torch.cuda.CUDAGraph:
         assert self._everywhere is not None
-        masks, counts = self._tensors[MASKS], self._tensors[COUNTS]
         # Outside of a frame: no other op has a candidate.
-        torch.ops.deltafx.clear_masks(masks, counts)
+        torch.ops.deltafx.clear_masks(self._tensors[MASKS], self._tensors[COUNTS])
         gm = fx.GraphModule(self._tensors, self._everywhere)
         choose_ways(gm, tuple(self._inputs), _milliseconds_in_graph)
-        run = self._runner(self._everywhere)
+        of_frame = allocate_frame(self._plan)
+        of_frame[MASKS].fill_(True)
+        counts = of_frame[COUNTS]
+        # What the graph does not use is not kept.
+        run = fx.GraphModule({**self._tensors, **of_frame}, self._everywhere)
+        self._run_everywhere = run
 
         def body() -> None:
-            masks.fill_(True)
-            for own, other in zip(outputs, run(), strict=True):
+            counts.zero_()
+            for own, other in zip(outputs, run(*self._inputs), strict=True):
                 if isinstance(own, Tensor) and own.data_ptr() != other.data_ptr():
                     own.copy_(other)
-            counts.copy_(self._all_sites)
 
         return _record(body, keep_graph=True, pool=self._bodies[0].pool())[0]
 
@@ -502,6 +550,30 @@ _ACC, _MASK, _X = (
     [a.name for a in torch.ops.deltafx.encode.default._schema.arguments].index(name)
     for name in ("acc", "mask", "x")
 )
+
+
+class _Arguments(fx.Interpreter):
+    """Runs nothing of a head but views.
+
+    Attributes:
+        cleared: What the operator takes that clears the masks.
+        compared: What each comparison takes.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.cleared: tuple[Any, ...] = ()
+        self.compared: list[tuple[Any, ...]] = []
+
+    @override
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.deltafx.clear_masks.default:
+            self.cleared = args
+        elif target is torch.ops.deltafx.encode.default:
+            self.compared.append(args)
+        else:
+            return super().call_function(target, args, kwargs)
+        return None
 
 
 class _Head(fx.Interpreter):

@@ -229,9 +229,8 @@ class DeltaModule(Compiled, fx.GraphModule):
     @override
     def stats(self) -> Stats:
         compiled = self._require()
-        plan, buffers = compiled.instance.plan, compiled.buffers
+        plan, buffers, run = compiled.instance.plan, _settled(compiled), compiled.run
         counts = frame_counts(plan, buffers) if compiled.frames else None
-        run = compiled.run
         branch = run.branch() if isinstance(run, FrameGraph) else "delta"
         return make_stats(compiled.instance, counts, branch)
 
@@ -264,7 +263,7 @@ class DeltaModule(Compiled, fx.GraphModule):
     def state_tensors(self) -> dict[str, Tensor]:
         compiled = self._require()
         constants = compiled.instance.constants
-        return {name: t for name, t in compiled.buffers.items() if name not in constants}
+        return {name: t for name, t in _settled(compiled).items() if name not in constants}
 
     @override
     def update_mask(self, node: str | None = None) -> Tensor:
@@ -272,8 +271,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         name = node if node is not None else next(iter(plan.nodes), None)
         if name not in plan.places:
             raise UnknownNodeError(f"no delta node {name!r}; see explain() for the names")
-        buffers = self._require().buffers
-        return buffers[mask_name(plan.places[name].slot)].clone()
+        return _settled(self._require())[mask_name(plan.places[name].slot)].clone()
 
     @override
     def accumulator(self, node: str) -> Tensor:
@@ -479,6 +477,13 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
     """The dictionaries that hold the weights and the modules of a model."""
     groups = (g for m in model.modules() for g in (m._parameters, m._buffers, m._modules))
     return [group for group in groups if group and isinstance(group, dict)]  # TorchScript's: none
+
+
+def _settled(compiled: _Compiled) -> dict[str, Tensor]:
+    """The tensors of a state, with what the last frame left to whoever asks."""
+    if isinstance(compiled.run, FrameGraph):
+        compiled.run.settle()
+    return compiled.buffers
 
 
 def _is_flat(bound: tuple[Any, ...]) -> bool:

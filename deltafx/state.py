@@ -102,20 +102,14 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
     """
     device = plan.device
     made: dict[str, Tensor] = {
-        MASKS: torch.zeros(
-            sum(mask_room(s.sites) for s in plan.slots.values()), dtype=torch.bool, device=device
-        ),
-        COUNTS: torch.zeros((len(plan.nodes), 2), dtype=torch.int64, device=device),
+        **allocate_frame(plan),
         THRESHOLDS: torch.zeros(len(plan.truncating), device=device),
         SCALES: torch.ones(sum(map(scale_room, plan.truncating.values())), device=device),
     }
-    starts = plan.first_sites()
     for slot in plan.slots.values():
         n, c, h, w = slot.shape
         rows = torch.zeros((n, h, w, c), dtype=slot.dtype, device=device)
         made[acc_name(slot.name)] = rows.permute(0, 3, 1, 2)
-        first = starts[slot.name]
-        made[mask_name(slot.name)] = made[MASKS][first : first + slot.sites].view(n, h, w)
     for place in plan.places.values():
         whole = made[acc_name(place.slot)]
         made[place_name(plan, place)] = (
@@ -123,8 +117,6 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
             if place.channels == whole.shape[1]
             else whole[:, place.start : place.start + place.channels]
         )
-    for i, node in enumerate(plan.nodes):
-        made[counts_name(node)] = made[COUNTS][i]
     first = 0
     for i, (node, channels) in enumerate(plan.truncating.items()):
         made[threshold_name(node)] = made[THRESHOLDS][i]
@@ -132,9 +124,30 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
         first += scale_room(channels)
     for name, shape in plan.workspaces.items():
         made[name] = torch.zeros(shape, device=device)
+    lose_state(plan, made)
+    return made
+
+
+def allocate_frame(plan: StatePlan) -> dict[str, Tensor]:
+    """Makes those of the tensors of a state that no frame leaves to the next: masks, counts, lists.
+
+    All are empty.
+    """
+    device, starts = plan.device, plan.first_sites()
+    made: dict[str, Tensor] = {
+        MASKS: torch.zeros(
+            sum(mask_room(s.sites) for s in plan.slots.values()), dtype=torch.bool, device=device
+        ),
+        COUNTS: torch.zeros((len(plan.nodes), 2), dtype=torch.int64, device=device),
+    }
+    for slot in plan.slots.values():
+        n, _, h, w = slot.shape
+        first = starts[slot.name]
+        made[mask_name(slot.name)] = made[MASKS][first : first + slot.sites].view(n, h, w)
+    for i, node in enumerate(plan.nodes):
+        made[counts_name(node)] = made[COUNTS][i]
     for i, ints in enumerate(plan.lists):
         made[list_name(i)] = torch.zeros(ints, dtype=torch.int32, device=device)
-    lose_state(plan, made)
     return made
 
 

@@ -1,6 +1,5 @@
 // branch: counts the squares of the input in which anything changed, and chooses.
-#include "cuda/branch.h"
-
+#include "cuda/branch.cuh"
 #include "cuda/device.cuh"
 #include "cuda/launch.h"
 
@@ -37,43 +36,12 @@ __device__ bool is_changed(const Mask& mask, const Squares& squares, int index) 
   return __any_sync(kAllLanes, found);
 }
 
-// How the graph goes on: by a switch between the branches, or with the delta branch in any case.
-enum class Then { switches, straight };
-
-// Called by a thread of each block, with the squares that it found changed. True where the masks
-// are to be cleared: of one block.
-__device__ bool decides(const BranchParams& p, cudaGraphConditionalHandle handle, Then then,
-                        int total, int changed) {
-  BranchState& state = *p.state;
-  // The block that is done last decides, and leaves the counters as it found them.
-  const unsigned long long own = BranchState::kBlock | static_cast<unsigned>(changed);
-  const unsigned long long before = atomicAdd(&state.progress, own);
-  if (before / BranchState::kBlock != gridDim.x - 1) return false;
-  const auto all = static_cast<int>((before + own) % BranchState::kBlock);
-  state.progress = 0;
-  const bool most = static_cast<float>(all) > p.dense_above * static_cast<float>(total);
-  // A library may spread a NaN farther than the windows that hold it; then only computing
-  // everywhere once more gets rid of it.
-  const Branch choice = all == 0 && p.may_skip                                ? kNothing
-                        : p.has_everywhere && (most || state.not_finite != 0) ? kEverywhere
-                                                                              : kDelta;
-  if (choice == kEverywhere) state.not_finite = 0;
-  state.choice = choice;
-  if (p.told != nullptr) *static_cast<volatile int32_t*>(p.told) = choice;
-  const bool everywhere = choice == kEverywhere;
-  cudaGraphSetConditional(handle, then == Then::switches ? static_cast<unsigned>(choice)
-                                  : everywhere           ? 1u
-                                                         : 0u);
-  return then == Then::straight && everywhere;
-}
-
 __global__ void __launch_bounds__(kThreads)
-    branch_kernel(const __grid_constant__ BranchParams p, cudaGraphConditionalHandle handle,
-                  Then then, int total) {
+    branch_kernel(const __grid_constant__ BranchParams p,
+                  const __grid_constant__ Decision decision) {
   wait_for_inputs();
   __shared__ int changed_here;
-  __shared__ bool clears;
-  if (threadIdx.x == 0) changed_here = 0, clears = false;
+  if (threadIdx.x == 0) changed_here = 0;
   __syncthreads();
   const int lane = threadIdx.x % 32, warps = static_cast<int>(gridDim.x) * (kThreads / 32);
   const int warp = (static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x)) / 32;
@@ -85,19 +53,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (lane == 0 && changed > 0) atomicAdd(&changed_here, changed);
   __syncthreads();
-  if (threadIdx.x == 0) clears = decides(p, handle, then, total, changed_here);
-  __syncthreads();
-  if (!clears) return;
-  for (int input = 0; input < p.inputs; ++input) {
-    const Mask& mask = p.masks[input];
-    const int64_t bytes = mask.n * mask.h * mask.w;
-    for (int64_t i = threadIdx.x * 16; i < bytes; i += kThreads * 16) {
-      if (i + 16 <= bytes && reinterpret_cast<uintptr_t>(mask.data) % 16 == 0)
-        *reinterpret_cast<uint4*>(mask.data + i) = make_uint4(0, 0, 0, 0);
-      else
-        for (int64_t j = i; j < min(i + 16, bytes); ++j) mask.data[j] = 0;
-    }
-  }
+  int all;
+  if (threadIdx.x == 0 && decision.is_last(changed_here, &all))
+    cudaGraphSetConditional(decision.handle, static_cast<unsigned>(decision.decide(all)));
 }
 
 // A conditional node behind all that the stream has captured; what follows waits for it.
@@ -128,23 +86,6 @@ cudaError_t add_conditional(cudaGraphConditionalHandle handle, cudaGraphConditio
                                              cudaStreamSetCaptureDependencies);
 }
 
-cudaError_t enqueue(const BranchParams& p, Then then, cudaGraphConditionalHandle* handle,
-                    cudaStream_t stream) {
-  cudaStreamCaptureStatus status;
-  cudaGraph_t graph = nullptr;
-  cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph);
-  if (error != cudaSuccess) return error;
-  if (status != cudaStreamCaptureStatusActive) return cudaErrorStreamCaptureUnsupported;
-  error = cudaGraphConditionalHandleCreate(handle, graph, 0, cudaGraphCondAssignDefault);
-  if (error != cudaSuccess) return error;
-  int total = 0;
-  for (int i = 0; i < p.inputs; ++i) total += Squares(p.masks[i]).count(p.masks[i]);
-  const int warps = kThreads / 32, needed = (total + warps - 1) / warps;
-  const int most = 4 * current_device().multiprocessors;
-  return launch(branch_kernel, {needed < most ? needed : most, kThreads}, stream, p, *handle, then,
-                total);
-}
-
 #endif
 
 }  // namespace
@@ -153,16 +94,16 @@ cudaError_t enqueue(const BranchParams& p, Then then, cudaGraphConditionalHandle
 
 cudaError_t branch(const BranchParams& p, const cudaGraph_t* bodies, int count,
                    cudaStream_t stream) {
-  cudaGraphConditionalHandle handle;
+  Decision decision(p);
+  cudaError_t error = make_conditional(&decision.handle, stream);
+  if (error != cudaSuccess) return error;
+  for (int i = 0; i < p.inputs; ++i) decision.squares += Squares(p.masks[i]).count(p.masks[i]);
+  const int warps = kThreads / 32, needed = (decision.squares + warps - 1) / warps;
+  const int most = 4 * current_device().multiprocessors;
+  error = launch(branch_kernel, {needed < most ? needed : most, kThreads}, stream, p, decision);
+  if (error != cudaSuccess) return error;
   static_assert(kDelta == 0 && kEverywhere == 1, "the bodies in their order");
-  const cudaError_t error = enqueue(p, Then::switches, &handle, stream);
-  return error != cudaSuccess
-             ? error
-             : add_conditional(handle, cudaGraphCondTypeSwitch, bodies, count, stream);
-}
-
-cudaError_t decide(const BranchParams& p, unsigned long long* handle, cudaStream_t stream) {
-  return enqueue(p, Then::straight, handle, stream);
+  return add_conditional(decision.handle, cudaGraphCondTypeSwitch, bodies, count, stream);
 }
 
 cudaError_t otherwise(unsigned long long handle, cudaGraph_t everywhere, cudaStream_t stream) {
@@ -172,9 +113,6 @@ cudaError_t otherwise(unsigned long long handle, cudaGraph_t everywhere, cudaStr
 #else
 
 cudaError_t branch(const BranchParams&, const cudaGraph_t*, int, cudaStream_t) {
-  return cudaErrorNotSupported;
-}
-cudaError_t decide(const BranchParams&, unsigned long long*, cudaStream_t) {
   return cudaErrorNotSupported;
 }
 cudaError_t otherwise(unsigned long long, cudaGraph_t, cudaStream_t) {

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "common/types.h"
+#include "cuda/ops.h"
 
 namespace deltafx::cuda {
 
@@ -41,11 +41,16 @@ struct BranchParams {
 // They are copied.
 cudaError_t branch(const BranchParams& p, const cudaGraph_t* bodies, int count,
                    cudaStream_t stream);
-// Enqueues the decision in front of the delta branch's own kernels, which follow in any case: where
-// everywhere is to be computed the masks are cleared, so that they find no candidate.
-cudaError_t decide(const BranchParams& p, unsigned long long* handle, cudaStream_t stream);
-// Enqueues the graph of the branch that computes everywhere, behind them, for frames that were
-// decided so.
+
+// Whether a comparison of a frame can be a graph's first kernel, and clear the arenas and decide as
+// well: that of an image.
+bool begins_frame(const EncodeParams& p, const Arenas& arenas);
+// Enqueues it, for a graph in which the delta branch's own kernels follow in any case: where
+// everywhere is to be computed, the input's mask is left empty, so that they find no candidate.
+// `handle`: for otherwise().
+cudaError_t begin_frame(const EncodeParams& p, const Arenas& arenas, const BranchParams& branch,
+                        unsigned long long* handle, cudaStream_t stream);
+// Enqueues the graph of the branch that computes everywhere, for frames that were decided so.
 cudaError_t otherwise(unsigned long long handle, cudaGraph_t everywhere, cudaStream_t stream);
 
 }  // namespace deltafx::cuda

@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads)
-    clear_kernel(uint8_t* masks, int64_t bytes, int64_t* counts, int64_t rows) {
+__global__ void __launch_bounds__(kThreads) clear_kernel(const __grid_constant__ Arenas arenas) {
+  const auto [masks, bytes, counts, rows] = arenas;
   wait_for_inputs();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -22,12 +22,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t clear_masks(uint8_t* masks, int64_t bytes, int64_t* counts, int64_t rows,
-                        cudaStream_t stream) {
-  const int64_t needed = (bytes / 16 + kThreads - 1) / kThreads + 1;
+cudaError_t clear_masks(const Arenas& arenas, cudaStream_t stream) {
+  const int64_t needed = (arenas.bytes / 16 + kThreads - 1) / kThreads + 1;
   const int64_t most = int64_t{8} * current_device().multiprocessors;
   const int blocks = static_cast<int>(needed < most ? needed : most);
-  return launch(clear_kernel, {blocks, kThreads}, stream, masks, bytes, counts, rows);
+  return launch(clear_kernel, {blocks, kThreads}, stream, arenas);
 }
 
 }  // namespace deltafx::cuda

@@ -2,6 +2,7 @@
 // a candidate, so there is no list.
 #include <type_traits>
 
+#include "cuda/branch.cuh"
 #include "cuda/ops.h"
 #include "cuda/sites.cuh"
 
@@ -10,11 +11,24 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// The begin of a frame in the same kernel: what begin_frame adds to a comparison. The vectors of
+// the arena of masks but the input's own, which the kernel writes whole.
+struct Begin {
+#if CUDART_VERSION >= 13000
+  Decision decision;
+#endif
+  uint4* masks;
+  int vectors, own, own_first;
+  int64_t* counts;
+  int count;
+};
+
 // All that a kernel here takes, in one parameter, so that read_frame can replace it.
 struct EncodeLaunch {
   EncodeParams p;
   Divisor rows, columns;  // of squares in an image; image_kernel: of warps in a row of squares
   bool aligned;           // the accumulator, for whole vectors
+  Begin begin;            // of a kernel that begins a frame
 };
 
 __device__ __forceinline__ int64_t sites_of(const FeatureMap& map) { return map.n * map.h * map.w; }
@@ -249,7 +263,43 @@ union TwoSites {
   }
 };
 
-template <class T, int kSquare>
+// Clears what is there for the frame, and counts the input's sites as candidates.
+__device__ __forceinline__ void clear_arenas(const Begin& begin, const Output& out) {
+  const int first = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  const int step = static_cast<int>(gridDim.x) * kThreads;
+  for (int i = first; i < begin.count; i += step)
+    begin.counts[i] = begin.counts + i == out.counts ? sites_of(out.acc) : 0;
+  for (int i = first; i < begin.vectors - begin.own; i += step)
+    begin.masks[i < begin.own_first ? i : i + begin.own] = make_uint4(0, 0, 0, 0);
+}
+
+#if CUDART_VERSION >= 13000
+// Decides on the frame, in the block that is done last. `changed`: of each warp's square.
+__device__ __forceinline__ void decide_frame(const Begin& begin, const Mask& mask, bool changed) {
+  __shared__ bool clears;
+  const int here = __syncthreads_count(changed && threadIdx.x % 32 == 0);
+  if (threadIdx.x == 0) {
+    clears = false;
+    __threadfence();  // what the block has marked is to be there before it counts as done
+    int all;
+    if (begin.decision.is_last(here, &all)) {
+      const bool everywhere = begin.decision.decide(all) == kEverywhere;
+      if (begin.decision.has_everywhere)
+        cudaGraphSetConditional(begin.decision.handle, everywhere ? 1 : 0);
+      clears = everywhere;
+      __threadfence();
+    }
+  }
+  __syncthreads();
+  if (!clears) return;
+  for (int i = static_cast<int>(threadIdx.x); i < begin.own; i += kThreads)
+    begin.masks[begin.own_first + i] = make_uint4(0, 0, 0, 0);
+}
+#endif
+
+// kBegins: it is the first kernel of a frame; then it writes the whole mask, the changed and the
+// others.
+template <class T, int kSquare, bool kBegins>
 __global__ void __launch_bounds__(kThreads)
     image_kernel(const __grid_constant__ EncodeLaunch launched) {
   const EncodeParams& p = launched.p;
@@ -260,7 +310,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kPairs = kSquare * kAcross / 32, kVectors = kSquare * kFrameAcross / 32;
   __shared__ uint4 staged[kThreads / 32][kVectors * 32];
   wait_for_inputs();
-  count_candidates(p.out);
+  if constexpr (!kBegins) count_candidates(p.out);
   const FeatureMap& acc = p.out.acc;
   const int h = static_cast<int>(acc.h), w = static_cast<int>(acc.w), lane = threadIdx.x % 32;
   const int index = static_cast<int>((blockIdx.x * kThreads + threadIdx.x) / 32);
@@ -291,6 +341,7 @@ __global__ void __launch_bounds__(kThreads)
   float scale[kImageChannels];
 #pragma unroll
   for (int k = 0; k < kImageChannels; ++k) scale[k] = p.out.truncation.inv_scale[k];
+  if constexpr (kBegins) clear_arenas(launched.begin, p.out);  // while the vectors are on their way
   arrive();
   // Read anew each time (and so volatile), as registers are few.
   const volatile auto* own = reinterpret_cast<const uint32_t*>(warp) + lane * kImageChannels;
@@ -320,33 +371,50 @@ __global__ void __launch_bounds__(kThreads)
     total += __shfl_xor_sync(kAllLanes, total, step);
 #pragma unroll
   for (int step = kAcross; step < 32; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+  // Marks two sites. What others have marked before is left, but at the begin of a frame, where
+  // nobody has and nothing is cleared.
+  bool marked = false;
+  const auto mark = [&](int i, uint16_t marks) {
+    uint8_t* const at = p.out.mask.data + first + i * down;
+    if (kBegins || marks == 0x0101)
+      *reinterpret_cast<uint16_t*>(at) = marks;
+    else if (marks != 0)
+      at[marks == 1 ? 0 : 1] = 1;
+    marked |= marks != 0;
+  };
   if (t == 0.f) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       if (!inside(i)) continue;
       const TwoFrameSites<T> sites = frame_of(i);
+      uint16_t marks = 0;
 #pragma unroll
       for (int s = 0; s < kSites; ++s) {
         if (!old[i].differs(sites, s)) continue;
         old[i].take(sites, s);
         reinterpret_cast<uint2*>(to)[i * down + s] = old[i].sites[s];
-        p.out.mask.data[first + i * down + s] = 1;
+        marks |= static_cast<uint16_t>(1 << (8 * s));
       }
+      mark(i, marks);
     }
   } else {
     const int size = height * min(kSquare, w - x / kSquare * kSquare) * kImageChannels;
-    if (!(total <= t * t * static_cast<float>(size))) {
+    const bool changed = !(total <= t * t * static_cast<float>(size));
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        if (!inside(i)) continue;
-        const TwoFrameSites<T> sites = frame_of(i);
+    for (int i = 0; i < kPairs; ++i) {
+      if (!inside(i)) continue;
+      mark(i, changed ? 0x0101 : 0);
+      if (!changed) continue;
+      const TwoFrameSites<T> sites = frame_of(i);
 #pragma unroll
-        for (int s = 0; s < kSites; ++s) old[i].take(sites, s);
-        to[i * down / kSites] = old[i].word;
-        *reinterpret_cast<uint16_t*>(p.out.mask.data + first + i * down) = 0x0101;
-      }
+      for (int s = 0; s < kSites; ++s) old[i].take(sites, s);
+      to[i * down / kSites] = old[i].word;
     }
   }
+#if CUDART_VERSION >= 13000
+  if constexpr (kBegins)
+    decide_frame(launched.begin, p.out.mask, __any_sync(kAllLanes, marked) != 0);
+#endif
 }
 
 // Whether image_kernel takes it.
@@ -366,7 +434,7 @@ int blocks_for(int64_t threads) { return static_cast<int>((threads + kThreads - 
 template <class S, class T>
 cudaError_t encode_as(const EncodeParams& p, cudaStream_t stream) {
   const FeatureMap& acc = p.out.acc;
-  EncodeLaunch launched{p, Divisor(1), Divisor(1), is_aligned(acc)};
+  EncodeLaunch launched{p, Divisor(1), Divisor(1), is_aligned(acc), {}};
   if (p.block > 1 && p.out.truncation.policy == Policy::rms) {
     const int rows = static_cast<int>((acc.h + p.block - 1) / p.block);
     const int columns = static_cast<int>((acc.w + p.block - 1) / p.block);
@@ -375,7 +443,7 @@ cudaError_t encode_as(const EncodeParams& p, cudaStream_t stream) {
       if (is_image(p)) {
         const int warps = p.block == 16 ? columns : (columns + 3) / 4;
         launched.columns = Divisor(warps);
-        return launch(p.block == 16 ? image_kernel<T, 16> : image_kernel<T, 8>,
+        return launch(p.block == 16 ? image_kernel<T, 16, false> : image_kernel<T, 8, false>,
                       {blocks_for(acc.n * rows * warps * 32), kThreads}, stream, launched);
       }
     }
@@ -399,6 +467,51 @@ cudaError_t encode_from(const EncodeParams& p, cudaStream_t stream) {
 cudaError_t encode(const EncodeParams& p, cudaStream_t stream) {
   return with_type(p.dtype,
                    [&](auto type) { return encode_from<typename decltype(type)::T>(p, stream); });
+}
+
+bool begins_frame(const EncodeParams& p, const Arenas& arenas) {
+#if CUDART_VERSION >= 13000
+  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  return p.dtype == p.out.acc.dtype && p.dtype != DType::f32 && is_image(p) &&
+         p.block == cuda::kSquare && p.out.truncation.policy == Policy::rms &&
+         aligned(arenas.masks) && aligned(p.out.mask.data) && arenas.bytes % 16 == 0 &&
+         arenas.bytes / 16 < int64_t{1} << 31;
+#else
+  return false;
+#endif
+}
+
+cudaError_t begin_frame(const EncodeParams& p, const Arenas& arenas, const BranchParams& branch,
+                        unsigned long long* handle, cudaStream_t stream) {
+#if CUDART_VERSION >= 13000
+  const FeatureMap& acc = p.out.acc;
+  const int rows = static_cast<int>((acc.h + p.block - 1) / p.block);
+  const int columns = static_cast<int>((acc.w + p.block - 1) / p.block);
+  EncodeLaunch launched{p, Divisor(rows), Divisor(columns), true, {}};
+  Begin& begin = launched.begin;
+  begin.decision = Decision(branch);
+  begin.decision.squares = static_cast<int>(acc.n) * rows * columns;
+  begin.masks = reinterpret_cast<uint4*>(arenas.masks);
+  begin.vectors = static_cast<int>(arenas.bytes / 16);
+  begin.own_first = static_cast<int>((p.out.mask.data - arenas.masks) / 16);
+  begin.own = static_cast<int>((acc.sites() + 15) / 16);
+  begin.counts = arenas.counts;
+  begin.count = static_cast<int>(2 * arenas.rows);
+  if (branch.has_everywhere) {
+    const cudaError_t error = make_conditional(&begin.decision.handle, stream);
+    if (error != cudaSuccess) return error;
+    *handle = begin.decision.handle;
+  }
+  return with_type(acc.dtype, [&](auto type) {
+    using T = typename decltype(type)::T;
+    if constexpr (sizeof(T) == 2)
+      return launch(image_kernel<T, cuda::kSquare, true>,
+                    {blocks_for(acc.n * rows * columns * 32), kThreads}, stream, launched);
+    return cudaErrorInvalidValue;
+  });
+#else
+  return cudaErrorNotSupported;
+#endif
 }
 
 cudaError_t read_frame(cudaGraphExec_t graph, cudaGraphNode_t encode, const void* x) {

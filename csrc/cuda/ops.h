@@ -15,9 +15,14 @@ namespace deltafx::cuda {
 
 int64_t list_ints(int64_t sites);
 
-// `bytes` of masks, and `rows` rows of two counts.
-cudaError_t clear_masks(uint8_t* masks, int64_t bytes, int64_t* counts, int64_t rows,
-                        cudaStream_t stream);
+// What is cleared at the begin of a frame: the arenas of masks and of counts.
+struct Arenas {
+  uint8_t* masks;
+  int64_t bytes;
+  int64_t* counts;
+  int64_t rows;  // of two
+};
+cudaError_t clear_masks(const Arenas& arenas, cudaStream_t stream);
 
 cudaError_t encode(const EncodeParams& p, cudaStream_t stream);
 // Lets an encode that was captured compare the frame at x, from the next launch on: one in the

@@ -1,17 +1,12 @@
-// deltafx::branch, deltafx::decide, deltafx::otherwise: how a frame that is being captured as a
-// CUDA graph goes on is chosen on the device; see cuda/branch.h. CUDA only.
-#ifdef DELTAFX_CUDA
-#include "cuda/branch.h"
-#endif
-#include "ops/dispatch.h"
+// deltafx::branch, deltafx::begin_frame, deltafx::otherwise: how a frame that is being captured as
+// a CUDA graph goes on is chosen on the device; see cuda/branch.h. CUDA only.
+#include "ops/frame_args.h"
 
 namespace deltafx {
 
 #ifdef DELTAFX_CUDA
-namespace {
-
-cuda::BranchParams params_of(const Tensor& state, at::TensorList masks, bool may_skip,
-                             bool has_everywhere, double dense_above, const Tensor& told) {
+cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool may_skip,
+                                 bool has_everywhere, double dense_above, const Tensor& told) {
   static_assert(sizeof(cuda::BranchState) == 4 * sizeof(int32_t));
   TORCH_CHECK_TYPE(state.scalar_type() == at::kInt && state.numel() == 4 && state.is_contiguous() &&
                        state.storage_offset() % 2 == 0,
@@ -45,12 +40,14 @@ cudaGraph_t graph_of(int64_t raw) {
   return reinterpret_cast<cudaGraph_t>(raw);  // NOLINT: how torch hands graphs out
 }
 
+namespace {
+
 void branch(const Tensor& state, at::TensorList masks, bool may_skip, double dense_above,
             at::IntArrayRef bodies, const Tensor& told) {
   TORCH_CHECK_VALUE(bodies.size() == 1 || bodies.size() == 2,
                     "deltafx: there are one or two bodies, not ", bodies.size());
   const cuda::BranchParams p =
-      params_of(state, masks, may_skip, bodies.size() > 1, dense_above, told);
+      branch_params(state, masks, may_skip, bodies.size() > 1, dense_above, told);
   cudaGraph_t graphs[2] = {};
   for (size_t i = 0; i < bodies.size(); ++i) graphs[i] = graph_of(bodies[i]);
   run_on_cuda(state, [&](cudaStream_t stream) {
@@ -58,12 +55,31 @@ void branch(const Tensor& state, at::TensorList masks, bool may_skip, double den
   });
 }
 
-int64_t decide(const Tensor& state, at::TensorList masks, bool may_skip, bool has_everywhere,
-               double dense_above, const Tensor& told) {
-  const cuda::BranchParams p = params_of(state, masks, may_skip, has_everywhere, dense_above, told);
+bool begins_frame(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
+                  int64_t block, const OptionalTensor& inv_scale, const OptionalTensor& threshold,
+                  c10::string_view policy, const Tensor& masks, const Tensor& all_counts) {
+  return cuda::begins_frame(
+      encode_params(acc, mask, counts, x, block, inv_scale, threshold, policy),
+      arenas_of(masks, all_counts));
+}
+
+// Returns the handle for `otherwise`, and the node that reads x, as last_node does.
+std::tuple<int64_t, int64_t> begin_frame(
+    const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x, int64_t block,
+    const OptionalTensor& inv_scale, const OptionalTensor& threshold, c10::string_view policy,
+    const Tensor& masks, const Tensor& all_counts, const Tensor& state, bool may_skip,
+    bool has_everywhere, double dense_above, const Tensor& told) {
+  TORCH_CHECK_NOT_IMPLEMENTED(begins_frame(acc, mask, counts, x, block, inv_scale, threshold,
+                                           policy, masks, all_counts),
+                              "deltafx: no kernel begins such a frame; see begins_frame");
+  const EncodeParams p = encode_params(acc, mask, counts, x, block, inv_scale, threshold, policy);
+  const cuda::BranchParams b =
+      branch_params(state, mask, may_skip, has_everywhere, dense_above, told);
   unsigned long long handle = 0;
-  run_on_cuda(state, [&](cudaStream_t stream) { return cuda::decide(p, &handle, stream); });
-  return static_cast<int64_t>(handle);
+  run_on_cuda(acc, [&](cudaStream_t stream) {
+    return cuda::begin_frame(p, arenas_of(masks, all_counts), b, &handle, stream);
+  });
+  return {static_cast<int64_t>(handle), last_node(acc)};
 }
 
 void otherwise(const Tensor& state, int64_t handle, int64_t everywhere) {
@@ -81,15 +97,22 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
       "Tensor told) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "decide(Tensor(a!) state, Tensor(b!)[] masks, bool may_skip, bool has_everywhere, "
-      "float dense_above, Tensor told) -> int",
+      "begins_frame(Tensor acc, Tensor mask, Tensor counts, Tensor x, int block, "
+      "Tensor? inv_scale, Tensor? threshold, str policy, Tensor masks, Tensor all_counts) -> bool",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "begin_frame(Tensor(a!) acc, Tensor(b!) mask, Tensor(c!) counts, Tensor x, int block, "
+      "Tensor? inv_scale, Tensor? threshold, str policy, Tensor(d!) masks, Tensor(e!) all_counts, "
+      "Tensor(f!) state, bool may_skip, bool has_everywhere, float dense_above, Tensor told) -> "
+      "(int, int)",
       {at::Tag::pt2_compliant_tag});
   m.def("otherwise(Tensor state, int handle, int everywhere) -> ()", {at::Tag::pt2_compliant_tag});
 }
 #ifdef DELTAFX_CUDA
 TORCH_LIBRARY_IMPL(deltafx, CUDA, m) {
   m.impl("branch", branch);
-  m.impl("decide", decide);
+  m.impl("begins_frame", begins_frame);
+  m.impl("begin_frame", begin_frame);
   m.impl("otherwise", otherwise);
 }
 #endif

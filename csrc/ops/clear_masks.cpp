@@ -3,8 +3,7 @@
 // counts tell.
 #include <cstring>
 
-#include "common/checks.h"
-#include "ops/dispatch.h"
+#include "ops/frame_args.h"
 
 namespace deltafx {
 namespace {
@@ -31,15 +30,20 @@ void clear_masks_cpu(const Tensor& masks, const Tensor& counts) {
 
 #ifdef DELTAFX_CUDA
 void clear_masks_cuda(const Tensor& masks, const Tensor& counts) {
-  check(masks, counts);
-  run_on_cuda(masks, [&](cudaStream_t stream) {
-    return cuda::clear_masks(static_cast<uint8_t*>(masks.data_ptr()), masks.numel(),
-                             static_cast<int64_t*>(counts.data_ptr()), counts.size(0), stream);
-  });
+  const cuda::Arenas arenas = arenas_of(masks, counts);
+  run_on_cuda(masks, [&](cudaStream_t stream) { return cuda::clear_masks(arenas, stream); });
 }
 #endif
 
 }  // namespace
+
+#ifdef DELTAFX_CUDA
+cuda::Arenas arenas_of(const Tensor& masks, const Tensor& counts) {
+  check(masks, counts);
+  return {static_cast<uint8_t*>(masks.data_ptr()), masks.numel(),
+          static_cast<int64_t*>(counts.data_ptr()), counts.size(0)};
+}
+#endif
 
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def("clear_masks(Tensor(a!) masks, Tensor(b!) counts) -> ()", {at::Tag::pt2_compliant_tag});

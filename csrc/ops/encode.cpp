@@ -1,12 +1,11 @@
 // deltafx::encode: how a dense tensor enters the delta world. Every site is a candidate.
-#include "ops/dispatch.h"
+#include "ops/frame_args.h"
 
 namespace deltafx {
-namespace {
 
-void encode(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
-            int64_t block, const OptionalTensor& inv_scale, const OptionalTensor& threshold,
-            c10::string_view policy) {
+EncodeParams encode_params(const Tensor& acc, const Tensor& mask, const Tensor& counts,
+                           const Tensor& x, int64_t block, const OptionalTensor& inv_scale,
+                           const OptionalTensor& threshold, c10::string_view policy) {
   EncodeParams p{};
   p.out = output_of(acc, mask, counts, inv_scale, threshold, policy);
   check_same_device(x, acc, "x");
@@ -22,6 +21,15 @@ void encode(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
   p.block = block;
   check_dtype_on(x, p.dtype);
   check_dtype_on(acc, p.out.acc.dtype);
+  return p;
+}
+
+namespace {
+
+void encode(const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x,
+            int64_t block, const OptionalTensor& inv_scale, const OptionalTensor& threshold,
+            c10::string_view policy) {
+  const EncodeParams p = encode_params(acc, mask, counts, x, block, inv_scale, threshold, policy);
 #ifdef DELTAFX_CUDA
   if (acc.is_cuda())
     return run_on_cuda(acc, [&](cudaStream_t stream) { return cuda::encode(p, stream); });

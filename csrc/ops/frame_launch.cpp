@@ -11,9 +11,25 @@
 #include <utility>
 #include <vector>
 
-#include "ops/dispatch.h"
+#include "ops/frame_args.h"
 
 namespace deltafx {
+
+int64_t last_node(const Tensor& like) {
+#if CUDART_VERSION >= 13000
+  const c10::cuda::CUDAGuard guard(like.device());
+  cudaStreamCaptureStatus status;
+  const cudaGraphNode_t* nodes = nullptr;
+  const cudaGraphEdgeData* edges = nullptr;
+  size_t count = 0;
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(c10::cuda::getCurrentCUDAStream().stream(), &status,
+                                          nullptr, nullptr, &nodes, &edges, &count));
+  if (status == cudaStreamCaptureStatusActive && count == 1)
+    return reinterpret_cast<int64_t>(nodes[0]);  // NOLINT: as torch's handles
+#endif
+  return 0;
+}
+
 namespace {
 
 // As the comparison of a frame wants it; see cuda::read_frame.
@@ -153,22 +169,6 @@ class FrameLaunch : public torch::CustomClassHolder {
   std::vector<cudaGraphNode_t> writers_;
   cudaGraphExec_t graph_ = nullptr;
 };
-
-// What the current stream has captured last, if it is one node; else 0. On the device of `like`.
-int64_t last_node(const Tensor& like) {
-#if CUDART_VERSION >= 13000
-  const c10::cuda::CUDAGuard guard(like.device());
-  cudaStreamCaptureStatus status;
-  const cudaGraphNode_t* nodes = nullptr;
-  const cudaGraphEdgeData* edges = nullptr;
-  size_t count = 0;
-  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(c10::cuda::getCurrentCUDAStream().stream(), &status,
-                                          nullptr, nullptr, &nodes, &edges, &count));
-  if (status == cudaStreamCaptureStatusActive && count == 1)
-    return reinterpret_cast<int64_t>(nodes[0]);  // NOLINT: as torch's handles
-#endif
-  return 0;
-}
 
 // Has the current stream, which is being captured, hand out an output, to wherever FrameLaunch says
 // at each launch; the node of it, or 0, if that cannot be.

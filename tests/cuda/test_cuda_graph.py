@@ -171,8 +171,8 @@ def test_only_frames_in_other_layouts_are_copied() -> None:
         model(frame)
     copies_in(lambda: model(frame))  # what the profiler itself does at first is not counted
     for frame in frames_of("contiguous"):
-        assert copies_in(functools.partial(model, frame)) == 1, "the result"
-    assert copies_in(functools.partial(model, frames_of("not aligned")[0])) == 2
+        assert copies_in(functools.partial(model, frame)) == 0
+    assert copies_in(functools.partial(model, frames_of("not aligned")[0])) == 1
 
 
 def test_a_picture_on_its_own_is_a_frame_in_place() -> None:
@@ -187,7 +187,7 @@ def test_a_picture_on_its_own_is_a_frame_in_place() -> None:
     assert frame.stride() != like.stride()
     copies_in(lambda: model(frame))
     picture.normal_()
-    assert copies_in(lambda: model(frame)) == 1, "the result"
+    assert copies_in(lambda: model(frame)) == 0
     torch.testing.assert_close(model(frame), net(frame), rtol=2e-3, atol=2e-3)
 
 

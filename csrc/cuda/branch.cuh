@@ -1,0 +1,66 @@
+// How a kernel that knows how much of the input changed decides on the frame's branch.
+#pragma once
+
+#include "cuda/branch.h"
+
+namespace deltafx::cuda {
+
+#if CUDART_VERSION >= 13000
+
+struct Decision {
+  bool may_skip, has_everywhere;
+  float dense_above;
+  int squares;  // of all inputs
+  BranchState* state;
+  int32_t* told;
+  cudaGraphConditionalHandle handle;
+
+  Decision() = default;
+  explicit Decision(const BranchParams& p)
+      : may_skip(p.may_skip),
+        has_everywhere(p.has_everywhere),
+        dense_above(p.dense_above),
+        squares(0),
+        state(p.state),
+        told(p.told),
+        handle(0) {}
+
+  // Called by a thread of each block, with the squares that the block found changed; true for the
+  // last one of the grid, which leaves the counters as it found them.
+  __device__ bool is_last(int changed, int* all) const {
+    const unsigned long long own = BranchState::kBlock | static_cast<unsigned>(changed);
+    const unsigned long long before = atomicAdd(&state->progress, own);
+    if (before / BranchState::kBlock != gridDim.x - 1) return false;
+    state->progress = 0;
+    *all = static_cast<int>((before + own) % BranchState::kBlock);
+    return true;
+  }
+
+  // Called by the thread that is last; tells the host and whoever asks.
+  __device__ Branch decide(int all) const {
+    const bool most = static_cast<float>(all) > dense_above * static_cast<float>(squares);
+    // A library may spread a NaN farther than the windows that hold it; then only computing
+    // everywhere once more gets rid of it.
+    const Branch choice = all == 0 && may_skip                                 ? kNothing
+                          : has_everywhere && (most || state->not_finite != 0) ? kEverywhere
+                                                                               : kDelta;
+    if (choice == kEverywhere) state->not_finite = 0;
+    state->choice = choice;
+    *static_cast<volatile int32_t*>(told) = choice;
+    return choice;
+  }
+};
+
+// In the graph that the stream is captured into.
+inline cudaError_t make_conditional(cudaGraphConditionalHandle* handle, cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  cudaGraph_t graph = nullptr;
+  const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph);
+  if (error != cudaSuccess) return error;
+  if (status != cudaStreamCaptureStatusActive) return cudaErrorStreamCaptureUnsupported;
+  return cudaGraphConditionalHandleCreate(handle, graph, 0, cudaGraphCondAssignDefault);
+}
+
+#endif
+
+}  // namespace deltafx::cuda
