@@ -52,8 +52,10 @@ from deltafx.state import (
     MASKS,
     NOT_FINITE,
     StatePlan,
+    acc_name,
     allocate_frame,
     lose_state,
+    mask_name,
     place_name,
 )
 
@@ -142,7 +144,9 @@ class FrameGraph:
         self._plan = plan
         sites = [plan.slots[plan.places[node].slot].sites for node in plan.nodes]
         self._all_sites = torch.tensor([[n, 0] for n in sites], device=plan.device)
-        self._run_everywhere: fx.GraphModule | None = None  # with tensors of its own
+        self._of_everywhere: list[Any] = []  # what its graph reads and writes of its own
+        # By the attributes of the accumulators.
+        self._masks = {acc_name(name): tensors[mask_name(name)] for name in plan.slots}
         # The choice of a recent frame, in host memory that the device writes into.
         self._told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
         self._frames = 0
@@ -153,7 +157,7 @@ class FrameGraph:
         self._outputs: list[Any] = []
         self._random = False  # whether a frame draws random numbers
         self._readers: dict[int, int] = {}  # nodes of the graph by the id of the input they compare
-        self._writers: list[int] = []  # those that hand out the outputs
+        self._writers: list[list[int]] = []  # those that hand out the outputs
         self._launch: Callable[[tuple[Tensor, ...]], list[Any]]
 
     @property
@@ -281,7 +285,7 @@ class FrameGraph:
             switching, outputs = _record(frame, keep_graph=True, pool=delta.pool())
             self._hold(switching, outputs, direct=True)
             begin = self._begin()
-            if begin is not None and self._parts.keeps_all:
+            if begin is not None and self._parts.results is not None:
                 switched = self._launch
                 self._switching = switching
                 straight = functools.partial(self._run_straight, begin, dense_above, outputs)
@@ -339,8 +343,16 @@ class FrameGraph:
     def _hand_out(self, outputs: list[Any]) -> list[Any]:
         """Copies outputs to where each launch is told to, in a graph that is being captured."""
         hand_out = torch.classes.deltafx.FrameLaunch.hand_out
-        self._writers = [hand_out(o) for o in outputs if isinstance(o, Tensor)]
+        nodes = [hand_out(o, False) for o in outputs if isinstance(o, Tensor)]
+        self._writers = [[node] if node else [] for node in nodes]
         return outputs
+
+    def _hand_out_changed(self, output: Tensor, attribute: str) -> int:
+        """Copies what has changed of an output, if masks tell, or all of it."""
+        launch = torch.classes.deltafx.FrameLaunch
+        mask = self._masks.get(attribute)
+        node: int = 0 if mask is None else launch.hand_out_changed(output, mask, self._state)
+        return node or launch.hand_out(output, False)
 
     def _run_straight(
         self, begin: tuple[Any, ...], dense_above: float, outputs: list[Any]
@@ -352,15 +364,22 @@ class FrameGraph:
         )
         self._readers = {id(begin[_X]): reader}
         ends = []
+        begun = self._point()
         for body in everywhere:
-            begun = self._point()
             torch.ops.deltafx.otherwise(self._state, handle, body.raw_cuda_graph())
             ends.append(self._point())
             begun.go_back()
+        # The results as they were, and behind all else what has changed of them.
+        hand_out = torch.classes.deltafx.FrameLaunch.hand_out
+        before = [hand_out(o, True) for o in outputs]
+        ends.append(self._point())
+        begun.go_back()
         self._run_body()
         for end in ends:
             end.join()
-        return self._hand_out(outputs)
+        changed = map(self._hand_out_changed, outputs, self._parts.results or ())
+        self._writers = [[a, b] if a else [] for a, b in zip(before, changed, strict=True)]
+        return outputs
 
     def _run_body(self) -> Any:
         """Runs what is captured as the lowered graph's body."""
@@ -382,7 +401,7 @@ class FrameGraph:
         counts = of_frame[COUNTS]
         # What the graph does not use is not kept.
         run = fx.GraphModule({**self._tensors, **of_frame}, self._everywhere)
-        self._run_everywhere = run
+        self._of_everywhere = [run, counts]
 
         def body() -> None:
             counts.zero_()
@@ -514,7 +533,7 @@ class FrameParts:
         masks: Those that hold their update masks, each once.
         in_place: For each input whether one comparison reads it, and nothing else.
         may_skip: Whether the body has nothing to do where they are empty: it reads no input itself.
-        keeps_all: Whether the body's results are all in the state: it is operators on that alone.
+        results: The attributes that are the results, if the body is operators on the state alone.
     """
 
     head: fx.Graph
@@ -523,7 +542,7 @@ class FrameParts:
     masks: tuple[str, ...]
     in_place: tuple[bool, ...]
     may_skip: bool
-    keeps_all: bool
+    results: tuple[str, ...] | None
 
 
 def split_frame(graph: fx.Graph) -> FrameParts:
@@ -531,7 +550,9 @@ def split_frame(graph: fx.Graph) -> FrameParts:
     encodes = [n for n in graph.nodes if _encodes_input(n)]
     inputs = [n for n in graph.nodes if is_frame(n)]
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_module", "call_method")]
-    results = next(iter(reversed(graph.nodes))).all_input_nodes
+    results: Any = next(iter(reversed(graph.nodes))).args[0]
+    in_state = all(isinstance(r, fx.Node) and r.op == "get_attr" for r in results)
+    on_state = all(getattr(n.target, "namespace", "") == "deltafx" for n in calls)
     return FrameParts(
         head=_part(graph, in_head=True),
         body=_part(graph, in_head=False),
@@ -541,8 +562,7 @@ def split_frame(graph: fx.Graph) -> FrameParts:
             [_encodes_input(u) for u in n.users] == [True] for n in inputs if n.op == "placeholder"
         ),
         may_skip=all(_encodes_input(u) or is_frame(u) for n in inputs for u in n.users),
-        keeps_all=all(getattr(n.target, "namespace", "") == "deltafx" for n in calls)
-        and all(n.op == "get_attr" for n in results),
+        results=tuple(r.target for r in results) if in_state and on_state else None,
     )
 
 

@@ -5,13 +5,19 @@
 namespace deltafx {
 
 #ifdef DELTAFX_CUDA
-cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool may_skip,
-                                 bool has_everywhere, double dense_above, const Tensor& told) {
+cuda::BranchState* branch_state(const Tensor& state) {
   static_assert(sizeof(cuda::BranchState) == 4 * sizeof(int32_t));
   TORCH_CHECK_TYPE(state.scalar_type() == at::kInt && state.numel() == 4 && state.is_contiguous() &&
                        state.storage_offset() % 2 == 0,
                    "deltafx: state must be four int32 at a multiple of 8 bytes, not ",
                    state.sizes(), " of ", state.scalar_type());
+  return static_cast<cuda::BranchState*>(state.data_ptr());
+}
+
+namespace {
+
+cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool may_skip,
+                                 bool has_everywhere, double dense_above, const Tensor& told) {
   TORCH_CHECK_TYPE(
       told.scalar_type() == at::kInt && told.numel() == 1 && told.is_cpu() && told.is_pinned(),
       "deltafx: told must be one int32 in pinned memory, not ", told.sizes(), " of ",
@@ -31,7 +37,7 @@ cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool
   p.may_skip = may_skip;
   p.has_everywhere = has_everywhere;
   p.dense_above = static_cast<float>(dense_above);
-  p.state = static_cast<cuda::BranchState*>(state.data_ptr());
+  p.state = branch_state(state);
   p.told = static_cast<int32_t*>(told.data_ptr());
   return p;
 }
@@ -39,8 +45,6 @@ cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool
 cudaGraph_t graph_of(int64_t raw) {
   return reinterpret_cast<cudaGraph_t>(raw);  // NOLINT: how torch hands graphs out
 }
-
-namespace {
 
 void branch(const Tensor& state, at::TensorList masks, bool may_skip, double dense_above,
             at::IntArrayRef bodies, const Tensor& told) {
@@ -64,14 +68,16 @@ bool begins_frame(const Tensor& acc, const Tensor& mask, const Tensor& counts, c
 }
 
 // Returns the handle for `otherwise`, and the node that reads x, as last_node does.
-std::tuple<int64_t, int64_t> begin_frame(
-    const Tensor& acc, const Tensor& mask, const Tensor& counts, const Tensor& x, int64_t block,
-    const OptionalTensor& inv_scale, const OptionalTensor& threshold, c10::string_view policy,
-    const Tensor& masks, const Tensor& all_counts, const Tensor& state, bool may_skip,
-    bool has_everywhere, double dense_above, const Tensor& told) {
-  TORCH_CHECK_NOT_IMPLEMENTED(begins_frame(acc, mask, counts, x, block, inv_scale, threshold,
-                                           policy, masks, all_counts),
-                              "deltafx: no kernel begins such a frame; see begins_frame");
+std::tuple<int64_t, int64_t> begin_frame(const Tensor& acc, const Tensor& mask,
+                                         const Tensor& counts, const Tensor& x, int64_t block,
+                                         const OptionalTensor& inv_scale,
+                                         const OptionalTensor& threshold, c10::string_view policy,
+                                         const Tensor& masks, const Tensor& all_counts,
+                                         const Tensor& state, bool may_skip, bool has_everywhere,
+                                         double dense_above, const Tensor& told) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      begins_frame(acc, mask, counts, x, block, inv_scale, threshold, policy, masks, all_counts),
+      "deltafx: no kernel begins such a frame; see begins_frame");
   const EncodeParams p = encode_params(acc, mask, counts, x, block, inv_scale, threshold, policy);
   const cuda::BranchParams b =
       branch_params(state, mask, may_skip, has_everywhere, dense_above, told);

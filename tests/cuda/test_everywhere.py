@@ -172,4 +172,4 @@ def test_wrong_arguments_are_told() -> None:
     with pytest.raises(ValueError, match="1 to 32 inputs"):
         torch.ops.deltafx.branch(state, [], True, 0.5, [0], told)
     with pytest.raises(TypeError, match="one int32 in pinned memory"):
-        torch.ops.deltafx.decide(state, [mask], True, True, 0.5, told.cuda())
+        torch.ops.deltafx.branch(state, [mask], True, 0.5, [0], told.cuda())
