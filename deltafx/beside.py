@@ -41,16 +41,31 @@ class BesideInterpreter(fx.Interpreter):
         count: How many calls ran beside others.
     """
 
-    def __init__(self, module: fx.GraphModule, here: Callable[[], Point]) -> None:
-        """`here()` is the point that the capture has come to."""
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        here: Callable[[], Point],
+        after: tuple[int, Callable[[], None]] | None = None,
+    ) -> None:
+        """Nothing has run yet.
+
+        Args:
+            module: Of the graph.
+            here: `here()` is the point that the capture has come to.
+            after: What is called once in between: behind so many calls, or at the end.
+        """
         super().__init__(module)
         self.count = 0
         self._here = here
+        self._calls = 0
+        self._after = after
         self._ends: dict[str, Point] = {}  # by the attributes that are written until then
 
     @override
     def run(self, *args: Any, **options: Any) -> Any:
         returned = super().run(*args, **options)
+        if self._after is not None and self._calls < self._after[0]:
+            self._after[1]()
         self._join(set(self._ends))
         return returned
 
@@ -59,12 +74,16 @@ class BesideInterpreter(fx.Interpreter):
         if n.op == "call_function":
             self._join({str(a.target) for a in n.all_input_nodes if a.op == "get_attr"})
         if BESIDE not in n.meta:
-            return super().run_node(n)
-        begin = self._here()
-        returned = super().run_node(n)
-        self._ends |= dict.fromkeys(_written(n), self._here())
-        begin.go_back()
-        self.count += 1
+            returned = super().run_node(n)
+        else:
+            begin = self._here()
+            returned = super().run_node(n)
+            self._ends |= dict.fromkeys(_written(n), self._here())
+            begin.go_back()
+            self.count += 1
+        self._calls += n.op == "call_function"
+        if n.op == "call_function" and self._after is not None and self._calls == self._after[0]:
+            self._after[1]()
         return returned
 
     def _join(self, names: set[str]) -> None:

@@ -52,10 +52,8 @@ from deltafx.state import (
     MASKS,
     NOT_FINITE,
     StatePlan,
-    acc_name,
     allocate_frame,
     lose_state,
-    mask_name,
     place_name,
 )
 
@@ -66,6 +64,10 @@ _CAPTURING = threading.Lock()
 
 BRANCHES = ("delta", "dense", "nothing")
 """By their number in csrc/cuda/branch.h."""
+
+OTHERWISE_AFTER = 12
+"""So many calls into the lowered graph, the other branch of a frame stands beside it: next to the
+first ones it was measured to hold those up by some microseconds."""
 
 MOST_INPUTS = 32
 """kMostInputs there."""
@@ -128,7 +130,7 @@ class FrameGraph:
                 as measured when the graph is captured.
         """
         # The choice, the flag below, and what the device counts with; see csrc/cuda/branch.h.
-        self._state = torch.zeros(4, dtype=torch.int32, device=plan.device)
+        self._state = torch.zeros(6, dtype=torch.int32, device=plan.device)
         self.failure: str | None = None
         self.no_branches: str | None = None
         self.beside = 0
@@ -145,8 +147,6 @@ class FrameGraph:
         sites = [plan.slots[plan.places[node].slot].sites for node in plan.nodes]
         self._all_sites = torch.tensor([[n, 0] for n in sites], device=plan.device)
         self._of_everywhere: list[Any] = []  # what its graph reads and writes of its own
-        # By the attributes of the accumulators.
-        self._masks = {acc_name(name): tensors[mask_name(name)] for name in plan.slots}
         # The choice of a recent frame, in host memory that the device writes into.
         self._told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
         self._frames = 0
@@ -157,7 +157,7 @@ class FrameGraph:
         self._outputs: list[Any] = []
         self._random = False  # whether a frame draws random numbers
         self._readers: dict[int, int] = {}  # nodes of the graph by the id of the input they compare
-        self._writers: list[list[int]] = []  # those that hand out the outputs
+        self._writers: list[int] = []  # those that hand out the outputs
         self._launch: Callable[[tuple[Tensor, ...]], list[Any]]
 
     @property
@@ -285,7 +285,7 @@ class FrameGraph:
             switching, outputs = _record(frame, keep_graph=True, pool=delta.pool())
             self._hold(switching, outputs, direct=True)
             begin = self._begin()
-            if begin is not None and self._parts.results is not None:
+            if begin is not None and self._parts.keeps_all:
                 switched = self._launch
                 self._switching = switching
                 straight = functools.partial(self._run_straight, begin, dense_above, outputs)
@@ -343,16 +343,8 @@ class FrameGraph:
     def _hand_out(self, outputs: list[Any]) -> list[Any]:
         """Copies outputs to where each launch is told to, in a graph that is being captured."""
         hand_out = torch.classes.deltafx.FrameLaunch.hand_out
-        nodes = [hand_out(o, False) for o in outputs if isinstance(o, Tensor)]
-        self._writers = [[node] if node else [] for node in nodes]
+        self._writers = [hand_out(o) for o in outputs if isinstance(o, Tensor)]
         return outputs
-
-    def _hand_out_changed(self, output: Tensor, attribute: str) -> int:
-        """Copies what has changed of an output, if masks tell, or all of it."""
-        launch = torch.classes.deltafx.FrameLaunch
-        mask = self._masks.get(attribute)
-        node: int = 0 if mask is None else launch.hand_out_changed(output, mask, self._state)
-        return node or launch.hand_out(output, False)
 
     def _run_straight(
         self, begin: tuple[Any, ...], dense_above: float, outputs: list[Any]
@@ -364,28 +356,29 @@ class FrameGraph:
         )
         self._readers = {id(begin[_X]): reader}
         ends = []
-        begun = self._point()
-        for body in everywhere:
-            torch.ops.deltafx.otherwise(self._state, handle, body.raw_cuda_graph())
-            ends.append(self._point())
-            begun.go_back()
-        # The results as they were, and behind all else what has changed of them.
-        hand_out = torch.classes.deltafx.FrameLaunch.hand_out
-        before = [hand_out(o, True) for o in outputs]
-        ends.append(self._point())
-        begun.go_back()
-        self._run_body()
+
+        def otherwise() -> None:
+            here = self._point()
+            for body in everywhere:
+                torch.ops.deltafx.otherwise(self._state, handle, body.raw_cuda_graph())
+                ends.append(self._point())
+                here.go_back()
+
+        self._run_body(after=(OTHERWISE_AFTER, otherwise))
         for end in ends:
             end.join()
-        changed = map(self._hand_out_changed, outputs, self._parts.results or ())
-        self._writers = [[a, b] if a else [] for a, b in zip(before, changed, strict=True)]
-        return outputs
+        return self._hand_out(outputs)
 
-    def _run_body(self) -> Any:
-        """Runs what is captured as the lowered graph's body."""
+    def _run_body(self, after: tuple[int, Callable[[], None]] | None = None) -> Any:
+        """Runs what is captured as the lowered graph's body.
+
+        Args:
+            after: How many calls in, and what is called then; at the end, if there are fewer.
+        """
         if not torch.classes.deltafx.CapturePoint.supported(self._state.device):
             return self._runner(self._parts.body)()
-        body = BesideInterpreter(fx.GraphModule(self._tensors, self._parts.body), self._point)
+        module = fx.GraphModule(self._tensors, self._parts.body)
+        body = BesideInterpreter(module, self._point, after)
         outputs = body.run(*self._inputs)
         self.beside = body.count
         return outputs
@@ -533,7 +526,7 @@ class FrameParts:
         masks: Those that hold their update masks, each once.
         in_place: For each input whether one comparison reads it, and nothing else.
         may_skip: Whether the body has nothing to do where they are empty: it reads no input itself.
-        results: The attributes that are the results, if the body is operators on the state alone.
+        keeps_all: Whether the body's results are all in the state: it is operators on that alone.
     """
 
     head: fx.Graph
@@ -542,7 +535,7 @@ class FrameParts:
     masks: tuple[str, ...]
     in_place: tuple[bool, ...]
     may_skip: bool
-    results: tuple[str, ...] | None
+    keeps_all: bool
 
 
 def split_frame(graph: fx.Graph) -> FrameParts:
@@ -550,9 +543,7 @@ def split_frame(graph: fx.Graph) -> FrameParts:
     encodes = [n for n in graph.nodes if _encodes_input(n)]
     inputs = [n for n in graph.nodes if is_frame(n)]
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_module", "call_method")]
-    results: Any = next(iter(reversed(graph.nodes))).args[0]
-    in_state = all(isinstance(r, fx.Node) and r.op == "get_attr" for r in results)
-    on_state = all(getattr(n.target, "namespace", "") == "deltafx" for n in calls)
+    results = next(iter(reversed(graph.nodes))).all_input_nodes
     return FrameParts(
         head=_part(graph, in_head=True),
         body=_part(graph, in_head=False),
@@ -562,7 +553,8 @@ def split_frame(graph: fx.Graph) -> FrameParts:
             [_encodes_input(u) for u in n.users] == [True] for n in inputs if n.op == "placeholder"
         ),
         may_skip=all(_encodes_input(u) or is_frame(u) for n in inputs for u in n.users),
-        results=tuple(r.target for r in results) if in_state and on_state else None,
+        keeps_all=all(getattr(n.target, "namespace", "") == "deltafx" for n in calls)
+        and all(n.op == "get_attr" for n in results),
     )
 
 

@@ -36,6 +36,28 @@ struct Decision {
     return true;
   }
 
+  // Instead of is_last, in two steps, so that no block but one waits for an answer. First, the
+  // block's number among those that have begun; then, with `ticket` that and what the block marked
+  // there if it found a change, true for the block that began last, when all are done.
+  __device__ int begin() const { return atomicAdd(&state->begun, 1); }
+  __device__ bool end(int ticket, int changed, int* all) const {
+    if (changed > 0) __threadfence();  // what it marked is there before the block counts as done
+    const int others = static_cast<int>(gridDim.x) - 1;
+    if (ticket != others) {
+      atomicAdd(&state->progress, BranchState::kBlock | static_cast<unsigned>(changed));
+      return false;
+    }
+    unsigned long long found;
+    do {
+      found = *const_cast<volatile unsigned long long*>(&state->progress);
+    } while (found / BranchState::kBlock != static_cast<unsigned>(others));
+    __threadfence();
+    state->progress = 0;
+    state->begun = 0;
+    *all = static_cast<int>(found % BranchState::kBlock) + changed;
+    return true;
+  }
+
   // Called by the thread that is last; tells the host and whoever asks.
   __device__ Branch decide(int all) const {
     const bool most = static_cast<float>(all) > dense_above * static_cast<float>(squares);

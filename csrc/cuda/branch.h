@@ -1,5 +1,3 @@
-// The frame of a CUDA graph: its begin, its branches and its results.
-//
 // A frame's branch: computed at the candidates, computed everywhere, or not computed at all. The
 // device decides, by how much of the input changed; the host is not asked.
 #pragma once
@@ -21,6 +19,8 @@ struct BranchState {
   int32_t not_finite;  // whether the last frame that was computed everywhere met an infinity or NaN
   // Squares that changed so far, and blocks that are done, each as kBlock; 0 between frames.
   unsigned long long progress;
+  int32_t begun;  // blocks that have begun, of a kernel that counts them; 0 between frames
+  int32_t unused;
   static constexpr unsigned long long kBlock = 1ull << 32;
 };
 enum Branch : int32_t { kDelta = 0, kEverywhere = 1, kNothing = 2 };
@@ -54,15 +54,5 @@ cudaError_t begin_frame(const EncodeParams& p, const Arenas& arenas, const Branc
                         unsigned long long* handle, cudaStream_t stream);
 // Enqueues the graph of the branch that computes everywhere, for frames that were decided so.
 cudaError_t otherwise(unsigned long long handle, cudaGraph_t everywhere, cudaStream_t stream);
-
-// Copies bytes of the device, both at multiples of 16. beside: other kernels that run meanwhile are
-// not to wait for it.
-cudaError_t hand_out(const void* from, void* to, int64_t bytes, bool beside, cudaStream_t stream);
-// Only the sites of a map that are in a mask, or all in a frame that was computed everywhere; a
-// site's bytes are a multiple of 16.
-cudaError_t hand_out_changed(const void* from, void* to, int64_t bytes, const Mask& mask,
-                             const BranchState* state, cudaStream_t stream);
-// Lets either of them that was captured write there from the next launch on, like read_frame.
-cudaError_t hand_out_to(cudaGraphExec_t graph, cudaGraphNode_t node, void* to);
 
 }  // namespace deltafx::cuda

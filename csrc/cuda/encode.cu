@@ -274,20 +274,17 @@ __device__ __forceinline__ void clear_arenas(const Begin& begin, const Output& o
 }
 
 #if CUDART_VERSION >= 13000
-// Decides on the frame, in the block that is done last. `changed`: of each warp's square.
-__device__ __forceinline__ void decide_frame(const Begin& begin, const Mask& mask, bool changed) {
+// Decides on the frame, in the block that began last. `changed`: of each warp's square.
+__device__ __forceinline__ void decide_frame(const Begin& begin, int ticket, bool changed) {
   __shared__ bool clears;
   const int here = __syncthreads_count(changed && threadIdx.x % 32 == 0);
   if (threadIdx.x == 0) {
     clears = false;
-    __threadfence();  // what the block has marked is to be there before it counts as done
     int all;
-    if (begin.decision.is_last(here, &all)) {
-      const bool everywhere = begin.decision.decide(all) == kEverywhere;
+    if (begin.decision.end(ticket, here, &all)) {
+      clears = begin.decision.decide(all) == kEverywhere;
       if (begin.decision.has_everywhere)
-        cudaGraphSetConditional(begin.decision.handle, everywhere ? 1 : 0);
-      clears = everywhere;
-      __threadfence();
+        cudaGraphSetConditional(begin.decision.handle, clears ? 1 : 0);
     }
   }
   __syncthreads();
@@ -310,7 +307,12 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kPairs = kSquare * kAcross / 32, kVectors = kSquare * kFrameAcross / 32;
   __shared__ uint4 staged[kThreads / 32][kVectors * 32];
   wait_for_inputs();
+  int ticket = 0;
   if constexpr (!kBegins) count_candidates(p.out);
+#if CUDART_VERSION >= 13000
+  if constexpr (kBegins)
+    if (threadIdx.x == 0) ticket = launched.begin.decision.begin();
+#endif
   const FeatureMap& acc = p.out.acc;
   const int h = static_cast<int>(acc.h), w = static_cast<int>(acc.w), lane = threadIdx.x % 32;
   const int index = static_cast<int>((blockIdx.x * kThreads + threadIdx.x) / 32);
@@ -412,8 +414,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 #if CUDART_VERSION >= 13000
-  if constexpr (kBegins)
-    decide_frame(launched.begin, p.out.mask, __any_sync(kAllLanes, marked) != 0);
+  if constexpr (kBegins) decide_frame(launched.begin, ticket, __any_sync(kAllLanes, marked) != 0);
 #endif
 }
 

@@ -29,6 +29,10 @@ cudaError_t encode(const EncodeParams& p, cudaStream_t stream);
 // layout that it was captured with, at a multiple of 16 bytes, as that was. Launches that are
 // already enqueued read what they were to read.
 cudaError_t read_frame(cudaGraphExec_t graph, cudaGraphNode_t encode, const void* x);
+// Copies bytes of the device, both at multiples of 16.
+cudaError_t hand_out(const void* from, void* to, int64_t bytes, cudaStream_t stream);
+// Lets a hand_out that was captured write there from the next launch on, like read_frame.
+cudaError_t hand_out_to(cudaGraphExec_t graph, cudaGraphNode_t node, void* to);
 cudaError_t affine(const AffineParams& p, int32_t* memory, cudaStream_t stream);
 cudaError_t gather_channels(const GatherParams& p, int32_t* memory, cudaStream_t stream);
 cudaError_t layer_norm(const LayerNormParams& p, int32_t* memory, cudaStream_t stream);

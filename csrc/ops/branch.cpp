@@ -5,19 +5,13 @@
 namespace deltafx {
 
 #ifdef DELTAFX_CUDA
-cuda::BranchState* branch_state(const Tensor& state) {
-  static_assert(sizeof(cuda::BranchState) == 4 * sizeof(int32_t));
-  TORCH_CHECK_TYPE(state.scalar_type() == at::kInt && state.numel() == 4 && state.is_contiguous() &&
-                       state.storage_offset() % 2 == 0,
-                   "deltafx: state must be four int32 at a multiple of 8 bytes, not ",
-                   state.sizes(), " of ", state.scalar_type());
-  return static_cast<cuda::BranchState*>(state.data_ptr());
-}
-
-namespace {
-
 cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool may_skip,
                                  bool has_everywhere, double dense_above, const Tensor& told) {
+  static_assert(sizeof(cuda::BranchState) == 6 * sizeof(int32_t));
+  TORCH_CHECK_TYPE(state.scalar_type() == at::kInt && state.numel() == 6 && state.is_contiguous() &&
+                       state.storage_offset() % 2 == 0,
+                   "deltafx: state must be six int32 at a multiple of 8 bytes, not ", state.sizes(),
+                   " of ", state.scalar_type());
   TORCH_CHECK_TYPE(
       told.scalar_type() == at::kInt && told.numel() == 1 && told.is_cpu() && told.is_pinned(),
       "deltafx: told must be one int32 in pinned memory, not ", told.sizes(), " of ",
@@ -37,7 +31,7 @@ cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool
   p.may_skip = may_skip;
   p.has_everywhere = has_everywhere;
   p.dense_above = static_cast<float>(dense_above);
-  p.state = branch_state(state);
+  p.state = static_cast<cuda::BranchState*>(state.data_ptr());
   p.told = static_cast<int32_t*>(told.data_ptr());
   return p;
 }
@@ -45,6 +39,8 @@ cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool
 cudaGraph_t graph_of(int64_t raw) {
   return reinterpret_cast<cudaGraph_t>(raw);  // NOLINT: how torch hands graphs out
 }
+
+namespace {
 
 void branch(const Tensor& state, at::TensorList masks, bool may_skip, double dense_above,
             at::IntArrayRef bodies, const Tensor& told) {

@@ -53,11 +53,10 @@ class FrameLaunch : public torch::CustomClassHolder {
  public:
   // graph: the cudaGraph_t, or 0, if another launches it: between `read` and `results`. inputs:
   // what it reads. readers: for each of them the node that alone reads it (see last_node), or 0:
-  // then frames are copied there. outputs: what it writes. writers: for each of them the nodes that
-  // hand it out; if there is none it is copied behind the graph. Whoever makes this keeps the
-  // graph.
+  // then frames are copied there. outputs: what it writes. writers: for each of them the node that
+  // hands it out, or 0: then it is copied behind the graph. Whoever makes this keeps the graph.
   FrameLaunch(int64_t graph, std::vector<Tensor> inputs, const std::vector<int64_t>& readers,
-              std::vector<Tensor> outputs, const std::vector<std::vector<int64_t>>& writers)
+              std::vector<Tensor> outputs, const std::vector<int64_t>& writers)
       : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
     TORCH_CHECK(outputs_.size() == writers.size(), "deltafx: there are ", outputs_.size(),
                 " outputs and ", writers.size(), " writers of them");
@@ -79,12 +78,9 @@ class FrameLaunch : public torch::CustomClassHolder {
       }
       readers_.push_back({node, own});
     }
-    for (const std::vector<int64_t>& of_output : writers) {
-      std::vector<cudaGraphNode_t>& nodes = writers_.emplace_back();
-      if (graph_ == nullptr) continue;
-      for (const int64_t writer : of_output)
-        nodes.push_back(reinterpret_cast<cudaGraphNode_t>(writer));  // NOLINT
-    }
+    for (const int64_t writer : writers)
+      writers_.push_back(graph_ == nullptr ? nullptr
+                                           : reinterpret_cast<cudaGraphNode_t>(writer));  // NOLINT
   }
   FrameLaunch(const FrameLaunch&) = delete;
   FrameLaunch& operator=(const FrameLaunch&) = delete;
@@ -100,18 +96,17 @@ class FrameLaunch : public torch::CustomClassHolder {
     made.reserve(outputs_.size());
     for (size_t i = 0; i < outputs_.size(); ++i) {
       const Tensor& t = outputs_[i];
-      if (writers_[i].empty()) {
+      if (writers_[i] == nullptr) {
         made.emplace_back();
         continue;
       }
       made.push_back(
           at::detail::empty_strided_cuda(t.sizes(), t.strides(), t.scalar_type(), t.device()));
-      for (cudaGraphNode_t writer : writers_[i])
-        C10_CUDA_CHECK(cuda::hand_out_to(graph_, writer, made[i].mutable_data_ptr()));
+      C10_CUDA_CHECK(cuda::hand_out_to(graph_, writers_[i], made[i].mutable_data_ptr()));
     }
     C10_CUDA_CHECK(cudaGraphLaunch(graph_, c10::cuda::getCurrentCUDAStream().stream()));
     for (size_t i = 0; i < outputs_.size(); ++i)
-      if (writers_[i].empty()) made[i] = copy_of(outputs_[i]);
+      if (writers_[i] == nullptr) made[i] = copy_of(outputs_[i]);
     return made;
   }
 
@@ -171,40 +166,19 @@ class FrameLaunch : public torch::CustomClassHolder {
 
   std::vector<Tensor> inputs_, outputs_;
   std::vector<Reader> readers_;
-  std::vector<std::vector<cudaGraphNode_t>> writers_;
+  std::vector<cudaGraphNode_t> writers_;
   cudaGraphExec_t graph_ = nullptr;
 };
 
-// Whether a kernel of a graph can copy an output.
-bool is_vectors(const Tensor& output) {
-  return is_plain(output) && output.is_non_overlapping_and_dense() && output.numel() > 0 &&
-         reinterpret_cast<uintptr_t>(output.const_data_ptr()) % kAlignment == 0;
-}
-
 // Has the current stream, which is being captured, hand out an output, to wherever FrameLaunch says
-// at each launch. beside: see cuda::hand_out. Returns its node, or 0, if that cannot be.
-int64_t hand_out(const Tensor& output, bool beside) {
-  if (!is_vectors(output)) return 0;
+// at each launch; the node of it, or 0, if that cannot be.
+int64_t hand_out(const Tensor& output) {
+  if (!is_plain(output) || !output.is_non_overlapping_and_dense() || output.numel() == 0 ||
+      reinterpret_cast<uintptr_t>(output.const_data_ptr()) % kAlignment != 0)
+    return 0;
   void* own = output.mutable_data_ptr();  // until it is told
   run_on_cuda(output, [&](cudaStream_t stream) {
-    return cuda::hand_out(own, own, static_cast<int64_t>(output.nbytes()), beside, stream);
-  });
-  return last_node(output);
-}
-
-// Likewise what of a channels_last map has changed, behind a copy of how it was.
-int64_t hand_out_changed(const Tensor& output, const Tensor& mask, const Tensor& state) {
-  const FeatureMap map = feature_map(output, "an output");
-  const Mask changed = mask_of(mask, map, "its mask");
-  cuda::BranchState* const frame = branch_state(state);
-  check_same_device(mask, output, "its mask");
-  check_same_device(state, output, "state");
-  if (!is_vectors(output) || map.ld != map.c ||
-      map.c * output.element_size() % static_cast<int64_t>(kAlignment) != 0)
-    return 0;
-  run_on_cuda(output, [&](cudaStream_t stream) {
-    return cuda::hand_out_changed(map.data, map.data, static_cast<int64_t>(output.nbytes()),
-                                  changed, frame, stream);
+    return cuda::hand_out(own, own, static_cast<int64_t>(output.nbytes()), stream);
   });
   return last_node(output);
 }
@@ -214,13 +188,12 @@ int64_t hand_out_changed(const Tensor& output, const Tensor& mask, const Tensor&
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.class_<FrameLaunch>("FrameLaunch")
       .def(torch::init<int64_t, std::vector<Tensor>, std::vector<int64_t>, std::vector<Tensor>,
-                       std::vector<std::vector<int64_t>>>())
+                       std::vector<int64_t>>())
       .def("run", &FrameLaunch::run)
       .def("read", &FrameLaunch::read)
       .def("results", &FrameLaunch::results)
       .def_static("last_node", &last_node)
-      .def_static("hand_out", &hand_out)
-      .def_static("hand_out_changed", &hand_out_changed);
+      .def_static("hand_out", &hand_out);
 }
 
 }  // namespace deltafx

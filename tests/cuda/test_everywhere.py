@@ -163,7 +163,7 @@ def test_wrong_arguments_are_told() -> None:
             y[:, :, :4], flag, y, None, None, False, "relu", [], None
         )  # fmt: skip
     state, mask = (
-        torch.zeros(4, dtype=torch.int32, device="cuda"),
+        torch.zeros(6, dtype=torch.int32, device="cuda"),
         torch.ones(1, 4, 4).bool().cuda(),
     )
     told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
