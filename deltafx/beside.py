@@ -63,6 +63,8 @@ class BesideInterpreter(fx.Interpreter):
 
     @override
     def run(self, *args: Any, **options: Any) -> Any:
+        if self._after is not None and self._after[0] == 0:
+            self._after[1]()
         returned = super().run(*args, **options)
         if self._after is not None and self._calls < self._after[0]:
             self._after[1]()

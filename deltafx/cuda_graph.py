@@ -278,9 +278,11 @@ class FrameGraph:
             def frame() -> list[Any]:
                 self._run_head()
                 torch.ops.deltafx.branch(
-                    self._state, masks, self._parts.may_skip, dense_above, bodies, self._told
+                    self._state, masks, self._parts.may_skip, dense_above, bodies
                 )
-                return self._hand_out(outputs)
+                self._hand_out(outputs)
+                torch.ops.deltafx.tell(self._state, self._told)
+                return outputs
 
             switching, outputs = _record(frame, keep_graph=True, pool=delta.pool())
             self._hold(switching, outputs, direct=True)
@@ -352,19 +354,20 @@ class FrameGraph:
         """Runs what is captured as the graph for the usual frame; `begin`: as `_begin` tells."""
         everywhere = self._bodies[1:]
         handle, reader = torch.ops.deltafx.begin_frame(
-            *begin, self._state, self._parts.may_skip, bool(everywhere), dense_above, self._told
+            *begin, self._state, self._parts.may_skip, bool(everywhere), dense_above
         )
         self._readers = {id(begin[_X]): reader}
         ends = []
 
-        def otherwise() -> None:
+        def beside() -> None:
             here = self._point()
+            torch.ops.deltafx.tell(self._state, self._told)
             for body in everywhere:
                 torch.ops.deltafx.otherwise(self._state, handle, body.raw_cuda_graph())
-                ends.append(self._point())
-                here.go_back()
+            ends.append(self._point())
+            here.go_back()
 
-        self._run_body(after=(OTHERWISE_AFTER, otherwise))
+        self._run_body(after=(OTHERWISE_AFTER, beside))
         for end in ends:
             end.join()
         return self._hand_out(outputs)

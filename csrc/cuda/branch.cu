@@ -58,6 +58,13 @@ __global__ void __launch_bounds__(kThreads)
     cudaGraphSetConditional(decision.handle, static_cast<unsigned>(decision.decide(all)));
 }
 
+__global__ void tell_kernel(const BranchState* state, int32_t* told) {
+  wait_for_inputs();
+  *told = state->choice;
+}
+
+__global__ void idle_kernel() { wait_for_inputs(); }
+
 // A conditional node behind all that the stream has captured; what follows waits for it.
 cudaError_t add_conditional(cudaGraphConditionalHandle handle, cudaGraphConditionalNodeType type,
                             const cudaGraph_t* bodies, int count, cudaStream_t stream) {
@@ -107,7 +114,12 @@ cudaError_t branch(const BranchParams& p, const cudaGraph_t* bodies, int count,
 }
 
 cudaError_t otherwise(unsigned long long handle, cudaGraph_t everywhere, cudaStream_t stream) {
-  return add_conditional(handle, cudaGraphCondTypeIf, &everywhere, 1, stream);
+  const cudaError_t error = add_conditional(handle, cudaGraphCondTypeIf, &everywhere, 1, stream);
+  return error != cudaSuccess ? error : launch(idle_kernel, {1, 32}, stream);
+}
+
+cudaError_t tell(const BranchState* state, int32_t* told, cudaStream_t stream) {
+  return launch(tell_kernel, {1, 1}, stream, state, told);
 }
 
 #else
@@ -118,6 +130,7 @@ cudaError_t branch(const BranchParams&, const cudaGraph_t*, int, cudaStream_t) {
 cudaError_t otherwise(unsigned long long, cudaGraph_t, cudaStream_t) {
   return cudaErrorNotSupported;
 }
+cudaError_t tell(const BranchState*, int32_t*, cudaStream_t) { return cudaErrorNotSupported; }
 
 #endif
 

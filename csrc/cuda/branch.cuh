@@ -12,7 +12,6 @@ struct Decision {
   float dense_above;
   int squares;  // of all inputs
   BranchState* state;
-  int32_t* told;
   cudaGraphConditionalHandle handle;
 
   Decision() = default;
@@ -22,7 +21,6 @@ struct Decision {
         dense_above(p.dense_above),
         squares(0),
         state(p.state),
-        told(p.told),
         handle(0) {}
 
   // Called by a thread of each block, with the squares that the block found changed; true for the
@@ -58,7 +56,7 @@ struct Decision {
     return true;
   }
 
-  // Called by the thread that is last; tells the host and whoever asks.
+  // Called by the thread that is last; tells whoever asks the device.
   __device__ Branch decide(int all) const {
     const bool most = static_cast<float>(all) > dense_above * static_cast<float>(squares);
     // A library may spread a NaN farther than the windows that hold it; then only computing
@@ -68,7 +66,6 @@ struct Decision {
                                                                                : kDelta;
     if (choice == kEverywhere) state->not_finite = 0;
     state->choice = choice;
-    *static_cast<volatile int32_t*>(told) = choice;
     return choice;
   }
 };

@@ -32,7 +32,6 @@ struct BranchParams {
   bool has_everywhere;  // whether there is a branch that computes everywhere
   float dense_above;    // share of changed squares above which a frame is computed everywhere
   BranchState* state;
-  int32_t* told;  // host memory that is told the choice, too, some time later
 };
 
 // For a stream that is being captured. cudaErrorNotSupported where the runtime or the driver has no
@@ -52,7 +51,11 @@ bool begins_frame(const EncodeParams& p, const Arenas& arenas);
 // `handle`: for otherwise().
 cudaError_t begin_frame(const EncodeParams& p, const Arenas& arenas, const BranchParams& branch,
                         unsigned long long* handle, cudaStream_t stream);
-// Enqueues the graph of the branch that computes everywhere, for frames that were decided so.
+// Enqueues the graph of the branch that computes everywhere, for frames that were decided so; then
+// a kernel that does nothing, since only behind kernels can the next one begin early.
 cudaError_t otherwise(unsigned long long handle, cudaGraph_t everywhere, cudaStream_t stream);
+// Has the host told the choice, some time later, in its own memory. A kernel of its own, beside
+// others: one that writes to the host is done only when that has arrived.
+cudaError_t tell(const BranchState* state, int32_t* told, cudaStream_t stream);
 
 }  // namespace deltafx::cuda

@@ -123,8 +123,8 @@ struct RunAnswers<Query, std::void_t<typename Query::Place>> {
 };
 
 // What a query says of a run of sites, in two steps: where its masks are read is worked out before
-// they are there. kLanes: so many share a question, each with a part of the answer.
-template <class Query, int kLanes = 1>
+// they are there.
+template <class Query>
 class RunQuestion {
   using Answers = RunAnswers<Query>;
 
@@ -132,13 +132,12 @@ class RunQuestion {
   __device__ __forceinline__ RunQuestion() {}
   // The run's number, its first site, and how many sites it has.
   __device__ __forceinline__ RunQuestion(const Query& query, int run, const Position& first,
-                                         int count, int lane = 0)
-      : query_(&query), run_(run), first_(first), count_(lane == 0 ? count : 0) {
+                                         int count)
+      : query_(&query), run_(run), first_(first), count_(count) {
     work_out(run_, first_.n, first_.y, first_.x);
     if constexpr (Answers::kHas) {
       if (!query.has_places()) return;
-      count_ = count;
-      place_ = query.template place<kLanes>(first, lane);
+      place_ = query.place(first);
       work_out(place_.rows, place_.columns, place_.shift,
                static_cast<int>(reinterpret_cast<uintptr_t>(place_.from) >> 33));
     }
@@ -148,7 +147,7 @@ class RunQuestion {
   __device__ __forceinline__ uint32_t flags() const {
     if constexpr (Answers::kHas) {
       if (query_->is_pointwise()) return bits_of(query_->eight_sites(run_));
-      return query_->has_places() ? query_->template flags_at<kLanes>(place_) & ((1u << count_) - 1)
+      return query_->has_places() ? query_->flags_at(place_) & ((1u << count_) - 1)
                                   : query_->other_flags(first_, count_);
     } else {
       return flags_of(*query_, first_, count_, 0);

@@ -134,8 +134,7 @@ Shares conv_hopper_shares(const GemmParams& p) {
   FeatureMap map = p.out.acc;
   // Eight points in a row may go on from one row to the next.
   if (p.windows == Windows::points) map.h = map.sites() / kFlags, map.w = kFlags, map.n = 1;
-  return Shares(map, std::min(tiling.clusters, std::max(wanted, spare)),
-                p.x.c <= 4 ? Shares::kRunsOfTeams : Shares::kRuns);
+  return Shares(map, std::min(tiling.clusters, std::max(wanted, spare)));
 }
 
 bool conv_hopper_bears(const GemmParams& p, double wider) {

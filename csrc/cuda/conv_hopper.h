@@ -12,8 +12,6 @@ bool conv_hopper_takes(const GemmParams& p);
 // How such a convolution is cut into tiles for blocks.
 struct HopperTiling {
   static constexpr int kColumns = 64, kBlocksPerMultiprocessor = 2;
-  // An image's windows have many rows, and its shares few runs.
-  static constexpr int kImageLanes = 4;
 
   bool tall;     // tiles of 128 sites instead of 64
   int columns;   // tiles of 64 output channels

@@ -29,7 +29,6 @@ struct HopperTraits {
   static constexpr bool kImage = kInputs == Inputs::image, kPoints = kInputs == Inputs::points;
   static constexpr int kRows = 64, kColumns = 64, kThreads = 256, kStages = 4;
   static constexpr int kBlocksPerMultiprocessor = 2;
-  static constexpr int kLanes = kImage ? HopperTiling::kImageLanes : 1;  // that look at a run
   static constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
   static constexpr int kSums = kRows * kColumns / kThreads;  // of a thread
   static constexpr int kBlockBytes = kWeightRows * kRowBytes;
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   gather.begin(lists_itself ? own_step : 0);
   using Query = std::conditional_t<Traits::kPoints, PointQuery, ConvQuery>;
   const Query query(p);
-  OwnCandidates<kThreads, Query, Traits::kLanes> own(query, p.shares, share);
+  OwnCandidates<kThreads, Query> own(query, p.shares, share);
   if (lists_itself) own.prepare();
   wait_for_inputs();
 

@@ -85,8 +85,7 @@ struct ConvQuery {
   }
 
   __device__ uint32_t flags(const Position& at, int count) const {
-    return has_places() ? flags_at<1>(place<1>(at, 0)) & ((1u << count) - 1)
-                        : other_flags(at, count);
+    return has_places() ? flags_at(place(at)) & ((1u << count) - 1) : other_flags(at, count);
   }
   // Of any window.
   __device__ uint32_t other_flags(Position at, int count) const {
@@ -150,37 +149,28 @@ struct ConvQuery {
     int rows, columns, shift;
     int own_sites;  // up to the row's end
   };
-  // kLanes: the rows are dealt to so many, in turn.
-  template <int kLanes>
-  __device__ __forceinline__ Place place(const Position& at, int lane) const {
+  __device__ __forceinline__ Place place(const Position& at) const {
     const int log_bytes = windows == Windows::narrow ? 2 : 3;
     const int h = static_cast<int>(x.h), w = static_cast<int>(x.w) >> log_bytes;
     const int top = at.y * y_axis.stride + y_axis.phase.offset;
     const int left = at.x * x_axis.stride + x_axis.phase.offset, first = left >> log_bytes;
     // The rows from max(top, 0) up to min(top + taps, h), the words of a row likewise.
-    int first_row = 0, rows = bits_between(-top, min(y_axis.phase.taps, h - top));
-    if constexpr (kLanes > 1) {
-      first_row = lane * (windows == Windows::wide ? rows_of_lane<kWide>(kLanes)
-                                                   : rows_of_lane<kSmall>(kLanes));
-      // Of those, others are left out where they are read.
-      rows >>= first_row;
-    }
+    const int rows = bits_between(-top, min(y_axis.phase.taps, h - top));
     const int columns = bits_between(-first, min(8, w - first));
     const auto own = static_cast<int64_t>(at.n * static_cast<int>(residual.h) + at.y) *
                          static_cast<int>(residual.w) +
                      at.x;
-    return {x.data + ((static_cast<int64_t>(at.n * h + top + first_row) * w + first) << log_bytes),
+    return {x.data + ((static_cast<int64_t>(at.n * h + top) * w + first) << log_bytes),
             residual.data == nullptr ? nullptr : residual.data + own,
             rows,
             columns,
             left & ((1 << log_bytes) - 1),
             static_cast<int>(residual.w) - at.x};
   }
-  template <int kLanes>
   __device__ __forceinline__ uint32_t flags_at(const Place& place) const {
-    return windows == Windows::small    ? flags_of_words<uint2, kSmall, 3, kLanes>(place)
-           : windows == Windows::narrow ? flags_of_words<uint32_t, kSmall, 5, kLanes>(place)
-                                        : flags_of_words<uint2, kWide, 4, kLanes>(place);
+    return windows == Windows::small    ? flags_of_words<uint2, kSmall, 3>(place)
+           : windows == Windows::narrow ? flags_of_words<uint32_t, kSmall, 5>(place)
+                                        : flags_of_words<uint2, kWide, 4>(place);
   }
 
  private:
@@ -246,20 +236,15 @@ struct ConvQuery {
     return found;
   }
   static constexpr int kSmall = 3, kWide = 8;  // taps of an axis
-  template <int kRows>
-  static __host__ __device__ constexpr int rows_of_lane(int lanes) {
-    return (kRows + lanes - 1) / lanes;
-  }
 
   static __device__ __forceinline__ uint2 either(uint2 a, uint2 b) {
     return make_uint2(a.x | b.x, a.y | b.y);
   }
   static __device__ __forceinline__ uint32_t either(uint32_t a, uint32_t b) { return a | b; }
   // All words are asked for together, and from then on a byte of the mask is a bit.
-  template <class Word, int kRows, int kWords, int kLanes>
+  template <class Word, int kRows, int kWords>
   __device__ __forceinline__ uint32_t flags_of_words(const Place& place) const {
-    constexpr int kBytes = static_cast<int>(sizeof(Word)), kOwn = rows_of_lane<kRows>(kLanes);
-    constexpr int kAtOnce = kOwn > 4 ? kOwn / 2 : kOwn;
+    constexpr int kBytes = static_cast<int>(sizeof(Word)), kAtOnce = kRows > 4 ? kRows / 2 : kRows;
     const int w = static_cast<int>(x.w) / kBytes, taps = x_axis.phase.taps;
     const auto* from = reinterpret_cast<const Word*>(place.from);
     const auto* own_words = reinterpret_cast<const Word*>(place.own);
@@ -272,8 +257,7 @@ struct ConvQuery {
         if (k * kBytes < place.own_sites) own[k] = own_words[k];
     }
 #pragma unroll 1
-    for (int rows = place.rows & ((1 << kOwn) - 1); rows != 0;
-         rows >>= kAtOnce, from += kAtOnce * w) {
+    for (int rows = place.rows; rows != 0; rows >>= kAtOnce, from += kAtOnce * w) {
       Word words[kAtOnce][kWords];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {

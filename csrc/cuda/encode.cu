@@ -402,11 +402,19 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     const int size = height * min(kSquare, w - x / kSquare * kSquare) * kImageChannels;
     const bool changed = !(total <= t * t * static_cast<float>(size));
+    if constexpr (kBegins) {  // the warp's one square: half a row of it a lane
+      static_assert(kSquare == 16, "32 lanes for 16 rows of two halves");
+      const int row = y0 + lane / 2, column = x0 + lane % 2 * 8;
+      const uint32_t marks = changed ? 0x01010101 : 0;
+      if (row < y0 + height && column < w)
+        *reinterpret_cast<uint2*>(p.out.mask.data + (static_cast<int64_t>(n) * h + row) * w +
+                                  column) = make_uint2(marks, marks);
+      marked = changed;
+    }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      if (!inside(i)) continue;
-      mark(i, changed ? 0x0101 : 0);
-      if (!changed) continue;
+      if (!inside(i) || !changed) continue;
+      if constexpr (!kBegins) mark(i, 0x0101);
       const TwoFrameSites<T> sites = frame_of(i);
 #pragma unroll
       for (int s = 0; s < kSites; ++s) old[i].take(sites, s);

@@ -15,8 +15,7 @@
 namespace deltafx::cuda {
 
 struct Shares {
-  static constexpr int kRuns = 1024;        // of a share, at most
-  static constexpr int kRunsOfTeams = 256;  // likewise, where several threads look at each
+  static constexpr int kRuns = 1024;  // of a share, at most
 
   int count;
   int most;     // runs of a share
@@ -25,10 +24,10 @@ struct Shares {
 
   Shares() = default;
   // wanted: how many there should be; more, where a block could not look at all of its share.
-  Shares(const FeatureMap& map, int wanted, int most_runs = kRuns)
+  Shares(const FeatureMap& map, int wanted)
       : w(static_cast<int>(map.w)), per_row((w + kFlags - 1) / kFlags), h(static_cast<int>(map.h)) {
     runs = static_cast<int>(map.n * map.h) * per_row.value;
-    count = std::max({1, std::min(wanted, runs), (runs + most_runs - 1) / most_runs});
+    count = std::max({1, std::min(wanted, runs), (runs + kRuns - 1) / kRuns});
     most = (runs + count - 1) / count;
   }
 
@@ -43,13 +42,10 @@ struct Shares {
   }
 };
 
-// The candidates in the share of a block of kThreads. kLanes: threads that look at a run together,
-// where there are few runs for a thread each; then the first of them has it.
-template <int kThreads, class Query, int kLanes = 1>
+// The candidates in the share of a block of kThreads.
+template <int kThreads, class Query>
 class OwnCandidates {
-  static constexpr int kMostRuns = kLanes > 1 ? Shares::kRunsOfTeams : Shares::kRuns;
-  static constexpr int kTeams = kThreads / kLanes;
-  static constexpr int kPasses = kMostRuns / kTeams;  // a team has so many runs at most
+  static constexpr int kPasses = Shares::kRuns / kThreads;  // a thread has so many runs at most
   using Flags = std::conditional_t<kPasses * kFlags <= 32, uint32_t, uint64_t>;
   static_assert(kPasses * kFlags <= 64, "a thread's flags are one word");
 
@@ -77,10 +73,7 @@ class OwnCandidates {
         has_run = turn.has_run;
         question_ = question(turn);
       }
-      uint32_t flags = has_run ? question_.flags() : 0;
-#pragma unroll
-      for (int step = 1; step < kLanes; step *= 2) flags |= __shfl_xor_sync(kAllLanes, flags, step);
-      if (lane() == 0) all_ |= static_cast<Flags>(flags) << (k * kFlags);
+      if (has_run) all_ |= static_cast<Flags>(question_.flags()) << (k * kFlags);
     }
     before_ = sum_before<kThreads>(count_of(all_), warps, &size_);
   }
@@ -120,21 +113,15 @@ class OwnCandidates {
   };
   __device__ __forceinline__ Turn turn_of(int k) const {
     Turn turn;
-    const int team = static_cast<int>(threadIdx.x) / kLanes;
-    turn.has_run = shares_.find(share_, team + k * kTeams, &turn.run);
+    turn.has_run = shares_.find(share_, static_cast<int>(threadIdx.x) + k * kThreads, &turn.run);
     turn.row = shares_.per_row.divide(turn.run);
     return turn;
   }
-  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
-  __device__ __forceinline__ RunQuestion<Query, kLanes> question(const Turn& turn) const {
+  __device__ __forceinline__ RunQuestion<Query> question(const Turn& turn) const {
     const int n = shares_.h.divide(turn.row), x = turn.x(shares_);
-    return {query_,
-            turn.run,
-            {n, turn.row - n * shares_.h.value, x},
-            min(kFlags, shares_.w - x),
-            lane()};
+    return {query_, turn.run, {n, turn.row - n * shares_.h.value, x}, min(kFlags, shares_.w - x)};
   }
-  __device__ __forceinline__ int passes() const { return (shares_.most + kTeams - 1) / kTeams; }
+  __device__ __forceinline__ int passes() const { return (shares_.most + kThreads - 1) / kThreads; }
   static __device__ __forceinline__ int count_of(uint32_t v) { return __popc(v); }
   static __device__ __forceinline__ int count_of(uint64_t v) { return __popcll(v); }
 
@@ -143,7 +130,7 @@ class OwnCandidates {
   int share_;
   bool has_run_;  // in pass 0, of which the next two are
   int first_;     // the run's first site
-  RunQuestion<Query, kLanes> question_;
+  RunQuestion<Query> question_;
   Flags all_;  // of all passes, one after another
   int before_, size_;
 };

@@ -6,16 +6,12 @@ namespace deltafx {
 
 #ifdef DELTAFX_CUDA
 cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool may_skip,
-                                 bool has_everywhere, double dense_above, const Tensor& told) {
+                                 bool has_everywhere, double dense_above) {
   static_assert(sizeof(cuda::BranchState) == 6 * sizeof(int32_t));
   TORCH_CHECK_TYPE(state.scalar_type() == at::kInt && state.numel() == 6 && state.is_contiguous() &&
                        state.storage_offset() % 2 == 0,
                    "deltafx: state must be six int32 at a multiple of 8 bytes, not ", state.sizes(),
                    " of ", state.scalar_type());
-  TORCH_CHECK_TYPE(
-      told.scalar_type() == at::kInt && told.numel() == 1 && told.is_cpu() && told.is_pinned(),
-      "deltafx: told must be one int32 in pinned memory, not ", told.sizes(), " of ",
-      told.scalar_type());
   TORCH_CHECK_VALUE(!masks.empty() && masks.size() <= cuda::kMostInputs,
                     "deltafx: a frame has 1 to ", cuda::kMostInputs, " inputs here, not ",
                     masks.size());
@@ -32,7 +28,6 @@ cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool
   p.has_everywhere = has_everywhere;
   p.dense_above = static_cast<float>(dense_above);
   p.state = static_cast<cuda::BranchState*>(state.data_ptr());
-  p.told = static_cast<int32_t*>(told.data_ptr());
   return p;
 }
 
@@ -43,11 +38,11 @@ cudaGraph_t graph_of(int64_t raw) {
 namespace {
 
 void branch(const Tensor& state, at::TensorList masks, bool may_skip, double dense_above,
-            at::IntArrayRef bodies, const Tensor& told) {
+            at::IntArrayRef bodies) {
   TORCH_CHECK_VALUE(bodies.size() == 1 || bodies.size() == 2,
                     "deltafx: there are one or two bodies, not ", bodies.size());
   const cuda::BranchParams p =
-      branch_params(state, masks, may_skip, bodies.size() > 1, dense_above, told);
+      branch_params(state, masks, may_skip, bodies.size() > 1, dense_above);
   cudaGraph_t graphs[2] = {};
   for (size_t i = 0; i < bodies.size(); ++i) graphs[i] = graph_of(bodies[i]);
   run_on_cuda(state, [&](cudaStream_t stream) {
@@ -70,13 +65,12 @@ std::tuple<int64_t, int64_t> begin_frame(const Tensor& acc, const Tensor& mask,
                                          const OptionalTensor& threshold, c10::string_view policy,
                                          const Tensor& masks, const Tensor& all_counts,
                                          const Tensor& state, bool may_skip, bool has_everywhere,
-                                         double dense_above, const Tensor& told) {
+                                         double dense_above) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       begins_frame(acc, mask, counts, x, block, inv_scale, threshold, policy, masks, all_counts),
       "deltafx: no kernel begins such a frame; see begins_frame");
   const EncodeParams p = encode_params(acc, mask, counts, x, block, inv_scale, threshold, policy);
-  const cuda::BranchParams b =
-      branch_params(state, mask, may_skip, has_everywhere, dense_above, told);
+  const cuda::BranchParams b = branch_params(state, mask, may_skip, has_everywhere, dense_above);
   unsigned long long handle = 0;
   run_on_cuda(acc, [&](cudaStream_t stream) {
     return cuda::begin_frame(p, arenas_of(masks, all_counts), b, &handle, stream);
@@ -90,13 +84,24 @@ void otherwise(const Tensor& state, int64_t handle, int64_t everywhere) {
   });
 }
 
+void tell(const Tensor& state, const Tensor& told) {
+  TORCH_CHECK_TYPE(
+      told.scalar_type() == at::kInt && told.numel() == 1 && told.is_cpu() && told.is_pinned(),
+      "deltafx: told must be one int32 in pinned memory, not ", told.sizes(), " of ",
+      told.scalar_type());
+  run_on_cuda(state, [&](cudaStream_t stream) {
+    return cuda::tell(static_cast<const cuda::BranchState*>(state.data_ptr()),
+                      static_cast<int32_t*>(told.data_ptr()), stream);
+  });
+}
+
 }  // namespace
 #endif
 
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def(
-      "branch(Tensor(a!) state, Tensor[] masks, bool may_skip, float dense_above, int[] bodies, "
-      "Tensor told) -> ()",
+      "branch(Tensor(a!) state, Tensor[] masks, bool may_skip, float dense_above, int[] bodies) -> "
+      "()",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "begins_frame(Tensor acc, Tensor mask, Tensor counts, Tensor x, int block, "
@@ -105,9 +110,9 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def(
       "begin_frame(Tensor(a!) acc, Tensor(b!) mask, Tensor(c!) counts, Tensor x, int block, "
       "Tensor? inv_scale, Tensor? threshold, str policy, Tensor(d!) masks, Tensor(e!) all_counts, "
-      "Tensor(f!) state, bool may_skip, bool has_everywhere, float dense_above, Tensor told) -> "
-      "(int, int)",
+      "Tensor(f!) state, bool may_skip, bool has_everywhere, float dense_above) -> (int, int)",
       {at::Tag::pt2_compliant_tag});
+  m.def("tell(Tensor state, Tensor(a!) told) -> ()", {at::Tag::pt2_compliant_tag});
   m.def("otherwise(Tensor state, int handle, int everywhere) -> ()", {at::Tag::pt2_compliant_tag});
 }
 #ifdef DELTAFX_CUDA
@@ -116,6 +121,7 @@ TORCH_LIBRARY_IMPL(deltafx, CUDA, m) {
   m.impl("begins_frame", begins_frame);
   m.impl("begin_frame", begin_frame);
   m.impl("otherwise", otherwise);
+  m.impl("tell", tell);
 }
 #endif
 

@@ -166,10 +166,9 @@ def test_wrong_arguments_are_told() -> None:
         torch.zeros(6, dtype=torch.int32, device="cuda"),
         torch.ones(1, 4, 4).bool().cuda(),
     )
-    told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
     with pytest.raises(ValueError, match="one or two bodies"):
-        torch.ops.deltafx.branch(state, [mask], True, 0.5, [], told)
+        torch.ops.deltafx.branch(state, [mask], True, 0.5, [])
     with pytest.raises(ValueError, match="1 to 32 inputs"):
-        torch.ops.deltafx.branch(state, [], True, 0.5, [0], told)
+        torch.ops.deltafx.branch(state, [], True, 0.5, [0])
     with pytest.raises(TypeError, match="one int32 in pinned memory"):
-        torch.ops.deltafx.branch(state, [mask], True, 0.5, [0], told.cuda())
+        torch.ops.deltafx.tell(state, state)
