@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -148,7 +149,7 @@ class FrameGraph:
         self._all_sites = torch.tensor([[n, 0] for n in sites], device=plan.device)
         self._of_everywhere: list[Any] = []  # what its graph reads and writes of its own
         # The choice of a recent frame, in host memory that the device writes into.
-        self._told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._told = _mailbox()
         self._frames = 0
         self._captured: torch.cuda.CUDAGraph | None = None
         self._bodies: list[torch.cuda.CUDAGraph] = []  # whose memory the captured graph uses
@@ -169,6 +170,11 @@ class FrameGraph:
     def has_branches(self) -> bool:
         """Whether the device chooses what a frame runs."""
         return self.captured and self.no_branches is None
+
+    @property
+    def chooses_graph(self) -> bool:
+        """Whether there is a graph for the usual frame besides that for all branches."""
+        return self._switching is not None
 
     def branch(self) -> str:
         """What the last frame ran, one of `BRANCHES`; waits for the device."""
@@ -452,6 +458,22 @@ class FrameGraph:
             CudaGraphWarning,
             stacklevel=2,
         )
+
+
+_MAILBOXES = 1024
+_NUMBERS = itertools.count()
+
+
+@functools.cache
+def _mailboxes() -> Tensor:
+    """Pinned, and never given back: a frame may be under way when its graph is dropped."""
+    return torch.zeros(_MAILBOXES, dtype=torch.int32, device="cpu", pin_memory=True)
+
+
+def _mailbox() -> Tensor:
+    """One of them; graphs may share one, for a wrong value there costs time and nothing else."""
+    i = next(_NUMBERS) % _MAILBOXES
+    return _mailboxes()[i : i + 1]
 
 
 def _either(

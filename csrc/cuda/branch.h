@@ -44,7 +44,7 @@ cudaError_t branch(const BranchParams& p, const cudaGraph_t* bodies, int count,
                    cudaStream_t stream);
 
 // Whether a comparison of a frame can be a graph's first kernel, and clear the arenas and decide as
-// well: that of an image.
+// well: that of an image, with its mask and its counts in the arenas.
 bool begins_frame(const EncodeParams& p, const Arenas& arenas);
 // Enqueues it, for a graph in which the delta branch's own kernels follow in any case: where
 // everywhere is to be computed, the input's mask is left empty, so that they find no candidate.

@@ -484,7 +484,9 @@ bool begins_frame(const EncodeParams& p, const Arenas& arenas) {
   return p.dtype == p.out.acc.dtype && p.dtype != DType::f32 && is_image(p) &&
          p.block == cuda::kSquare && p.out.truncation.policy == Policy::rms &&
          aligned(arenas.masks) && aligned(p.out.mask.data) && arenas.bytes % 16 == 0 &&
-         arenas.bytes / 16 < int64_t{1} << 31;
+         arenas.bytes / 16 < int64_t{1} << 31 && p.out.mask.data >= arenas.masks &&
+         p.out.mask.data + (p.out.mask.sites() + 15) / 16 * 16 <= arenas.masks + arenas.bytes &&
+         p.out.counts >= arenas.counts && p.out.counts < arenas.counts + 2 * arenas.rows;
 #else
   return false;
 #endif
