@@ -137,6 +137,40 @@ def test_such_nets_have_much_that_runs_beside_other_things() -> None:
     assert count >= 6
 
 
+@pytest.mark.parametrize("slow_beside", [True, False])
+def test_a_join_waits_for_the_slower_of_two(slow_beside: bool) -> None:
+    """One of the two takes half a millisecond, from whose begin on what joins them may begin."""
+    if not torch.classes.deltafx.CapturePoint.supported(torch.device("cuda")):
+        pytest.skip("CUDA before 13")
+    sites, channels = 8 * 1024, 64
+    large, small = (
+        torch.ones(n, dtype=torch.bool, device="cuda") for n in (1 << 29, 2 * sites * channels)
+    )
+    counts = torch.zeros(1, 2, dtype=torch.int64, device="cuda")
+    acc = torch.zeros(1, 8, 1024, channels, dtype=torch.float16, device="cuda")
+    mask = torch.zeros(1, 8, 1024, dtype=torch.bool, device="cuda")
+    last = large[-small.numel() :].view(torch.float16).view_as(acc)  # what is cleared last
+    here = torch.classes.deltafx.CapturePoint.here
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.deltafx.clear_masks(small, counts)
+        begin = here(acc)
+        torch.ops.deltafx.clear_masks(large if slow_beside else small, counts)
+        end = here(acc)
+        begin.go_back()
+        torch.ops.deltafx.clear_masks(small if slow_beside else large, counts)
+        end.join()
+        torch.ops.deltafx.encode(
+            acc.permute(0, 3, 1, 2), mask, counts[0], last.permute(0, 3, 1, 2), 1, None, None,
+            "none",
+        )  # fmt: skip
+    for _ in range(20):
+        large.fill_(True)
+        acc.fill_(1)
+        graph.replay()
+        assert not acc.any()
+
+
 def test_a_point_is_one_of_a_capture() -> None:
     point = torch.classes.deltafx.CapturePoint
     if not point.supported(torch.device("cuda")):
