@@ -257,6 +257,7 @@ class FrameGraph:
 
     def _capture_whole(self) -> None:
         self._bodies = []
+        self._switching = None
 
         def frame() -> Any:
             self._run_head()
@@ -290,20 +291,26 @@ class FrameGraph:
                 torch.ops.deltafx.tell(self._state, self._told)
                 return outputs
 
-            switching, outputs = _record(frame, keep_graph=True, pool=delta.pool())
-            self._hold(switching, outputs, direct=True)
-            begin = self._begin()
-            if begin is not None and self._parts.keeps_all:
-                switched = self._launch
-                self._switching = switching
-                straight = functools.partial(self._run_straight, begin, dense_above, outputs)
-                # In memory of its own: the other branch may run beside it.
-                self._hold(*_record(straight, keep_graph=True), direct=True)
-                self._launch = functools.partial(_either, self._told, self._launch, switched)
+            self._hold(*_record(frame, keep_graph=True, pool=delta.pool()), direct=True)
+            self._add_straight(dense_above)
         except RuntimeError as error:
             self.no_branches = _reason(error)
             lose_state(self._plan, self._tensors)  # half measured, it would be wrong
             self._capture_whole()
+
+    def _add_straight(self, dense_above: float) -> None:
+        """Captures the graph for the usual frame, if this is one that it can be for."""
+        begin, switching, switched = self._begin(), self._captured, self._launch
+        if begin is None or not self._parts.keeps_all:
+            return
+        straight = functools.partial(self._run_straight, begin, dense_above, self._outputs)
+        try:
+            # In memory of its own: the other branch may run beside it.
+            self._hold(*_record(straight, keep_graph=True), direct=True)
+        except RuntimeError:
+            return  # the graph for all branches does as well
+        self._switching = switching
+        self._launch = functools.partial(_either, self._told, self._launch, switched)
 
     def _hold(self, graph: torch.cuda.CUDAGraph, outputs: list[Any], *, direct: bool) -> None:
         """Takes a graph for the frames to come; `direct`: launched past torch, in one call."""
