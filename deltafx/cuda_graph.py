@@ -145,8 +145,6 @@ class FrameGraph:
         self._tensors = {**tensors, NOT_FINITE: self._state[1:2]}
         self._dense_above = dense_above
         self._plan = plan
-        sites = [plan.slots[plan.places[node].slot].sites for node in plan.nodes]
-        self._all_sites = torch.tensor([[n, 0] for n in sites], device=plan.device)
         self._of_everywhere: list[Any] = []  # what its graph reads and writes of its own
         # The choice of a recent frame, in host memory that the device writes into.
         self._told = _mailbox()
@@ -186,8 +184,10 @@ class FrameGraph:
         Such a frame leaves them alone, for whoever asks. Waits for the device.
         """
         if self.branch() == "dense":
+            plan = self._plan
+            sites = [plan.slots[plan.places[node].slot].sites for node in plan.nodes]
             self._tensors[MASKS].fill_(True)
-            self._tensors[COUNTS].copy_(self._all_sites)
+            self._tensors[COUNTS].copy_(torch.tensor([[n, 0] for n in sites], device=plan.device))
 
     def describe(self) -> str:
         """How frames run, in words for the user."""
@@ -259,11 +259,13 @@ class FrameGraph:
         self._bodies = []
         self._switching = None
 
+        direct = HANDS_OUT_GRAPHS and not self._random
+
         def frame() -> Any:
             self._run_head()
-            return self._hand_out(self._run_body())
+            outputs = self._run_body()
+            return self._hand_out(outputs) if direct else outputs
 
-        direct = HANDS_OUT_GRAPHS and not self._random
         self._hold(*_record(frame, keep_graph=direct), direct=direct)
 
     def _capture_branches(self) -> None:
@@ -318,9 +320,8 @@ class FrameGraph:
         readers = [self._readers.get(id(t), 0) if alone else 0 for t, alone in pairs]
         results = [o for o in outputs if isinstance(o, Tensor)]
         raw = graph.raw_cuda_graph() if direct else 0
-        frame = torch.classes.deltafx.FrameLaunch(
-            raw, self._inputs, readers, results, self._writers
-        )
+        writers = self._writers if direct else [0] * len(results)
+        frame = torch.classes.deltafx.FrameLaunch(raw, self._inputs, readers, results, writers)
 
         def replay(inputs: tuple[Tensor, ...]) -> list[Tensor]:
             frame.read(inputs)

@@ -10,16 +10,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-struct Squares {
-  int rows, columns;
-  __host__ __device__ explicit Squares(const Mask& mask)
-      : rows(static_cast<int>((mask.h + kSquare - 1) / kSquare)),
-        columns(static_cast<int>((mask.w + kSquare - 1) / kSquare)) {}
-  __host__ __device__ int count(const Mask& mask) const {
-    return static_cast<int>(mask.n) * rows * columns;
-  }
-};
-
 // Whether a square has an active site; called by whole warps, a lane for half a row of it.
 __device__ bool is_changed(const Mask& mask, const Squares& squares, int index) {
   static_assert(kSquare == 16, "32 lanes for 16 rows of two halves");
@@ -106,8 +96,7 @@ cudaError_t branch(const BranchParams& p, const cudaGraph_t* bodies, int count,
   if (error != cudaSuccess) return error;
   for (int i = 0; i < p.inputs; ++i) decision.squares += Squares(p.masks[i]).count(p.masks[i]);
   const int warps = kThreads / 32, needed = (decision.squares + warps - 1) / warps;
-  const int most = 4 * current_device().multiprocessors;
-  error = launch(branch_kernel, {needed < most ? needed : most, kThreads}, stream, p, decision);
+  error = launch(branch_kernel, {at_most(needed, 4), kThreads}, stream, p, decision);
   if (error != cudaSuccess) return error;
   static_assert(kDelta == 0 && kEverywhere == 1, "the bodies in their order");
   return add_conditional(decision.handle, cudaGraphCondTypeSwitch, bodies, count, stream);

@@ -7,6 +7,17 @@ namespace deltafx::cuda {
 
 #if CUDART_VERSION >= 13000
 
+// Of a map.
+struct Squares {
+  int rows, columns;
+  __host__ __device__ explicit Squares(const Mask& mask)
+      : rows(static_cast<int>((mask.h + kSquare - 1) / kSquare)),
+        columns(static_cast<int>((mask.w + kSquare - 1) / kSquare)) {}
+  __host__ __device__ int count(const Mask& mask) const {
+    return static_cast<int>(mask.n) * rows * columns;
+  }
+};
+
 struct Decision {
   bool may_skip, has_everywhere;
   float dense_above;

@@ -24,9 +24,7 @@ __global__ void __launch_bounds__(kThreads) clear_kernel(const __grid_constant__
 
 cudaError_t clear_masks(const Arenas& arenas, cudaStream_t stream) {
   const int64_t needed = (arenas.bytes / 16 + kThreads - 1) / kThreads + 1;
-  const int64_t most = int64_t{8} * current_device().multiprocessors;
-  const int blocks = static_cast<int>(needed < most ? needed : most);
-  return launch(clear_kernel, {blocks, kThreads}, stream, arenas);
+  return launch(clear_kernel, {at_most(needed, 8), kThreads}, stream, arenas);
 }
 
 }  // namespace deltafx::cuda

@@ -426,16 +426,16 @@ __global__ void __launch_bounds__(kThreads)
 #endif
 }
 
+bool is_multiple(const void* at, uintptr_t of) { return reinterpret_cast<uintptr_t>(at) % of == 0; }
+
 // Whether image_kernel takes it.
 bool is_image(const EncodeParams& p) {
   const FeatureMap& acc = p.out.acc;
-  const auto multiple = [](const void* at, uintptr_t of) {
-    return reinterpret_cast<uintptr_t>(at) % of == 0;
-  };
   return (p.block == 8 || p.block == 16) && acc.c == kImageChannels && acc.ld == kImagePitch &&
          p.stride_c == 1 && p.stride_w == kImageChannels && p.stride_h % 8 == 0 &&
-         p.stride_n % 8 == 0 && acc.w % 8 == 0 && multiple(p.x, 16) && multiple(acc.data, 16) &&
-         multiple(p.out.mask.data, 8) && acc.sites() < int64_t{1} << 31;
+         p.stride_n % 8 == 0 && acc.w % 8 == 0 && is_multiple(p.x, 16) &&
+         is_multiple(acc.data, 16) && is_multiple(p.out.mask.data, 8) &&
+         acc.sites() < int64_t{1} << 31;
 }
 
 int blocks_for(int64_t threads) { return static_cast<int>((threads + kThreads - 1) / kThreads); }
@@ -480,11 +480,11 @@ cudaError_t encode(const EncodeParams& p, cudaStream_t stream) {
 
 bool begins_frame(const EncodeParams& p, const Arenas& arenas) {
 #if CUDART_VERSION >= 13000
-  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   return p.dtype == p.out.acc.dtype && p.dtype != DType::f32 && is_image(p) &&
          p.block == cuda::kSquare && p.out.truncation.policy == Policy::rms &&
-         aligned(arenas.masks) && aligned(p.out.mask.data) && arenas.bytes % 16 == 0 &&
-         arenas.bytes / 16 < int64_t{1} << 31 && p.out.mask.data >= arenas.masks &&
+         is_multiple(arenas.masks, 16) && is_multiple(p.out.mask.data, 16) &&
+         arenas.bytes % 16 == 0 && arenas.bytes / 16 < int64_t{1} << 31 &&
+         p.out.mask.data >= arenas.masks &&
          p.out.mask.data + (p.out.mask.sites() + 15) / 16 * 16 <= arenas.masks + arenas.bytes &&
          p.out.counts >= arenas.counts && p.out.counts < arenas.counts + 2 * arenas.rows;
 #else
@@ -495,17 +495,15 @@ bool begins_frame(const EncodeParams& p, const Arenas& arenas) {
 cudaError_t begin_frame(const EncodeParams& p, const Arenas& arenas, const BranchParams& branch,
                         unsigned long long* handle, cudaStream_t stream) {
 #if CUDART_VERSION >= 13000
-  const FeatureMap& acc = p.out.acc;
-  const int rows = static_cast<int>((acc.h + p.block - 1) / p.block);
-  const int columns = static_cast<int>((acc.w + p.block - 1) / p.block);
-  EncodeLaunch launched{p, Divisor(rows), Divisor(columns), true, {}};
+  const Squares squares(p.out.mask);
+  EncodeLaunch launched{p, Divisor(squares.rows), Divisor(squares.columns), true, {}};
   Begin& begin = launched.begin;
   begin.decision = Decision(branch);
-  begin.decision.squares = static_cast<int>(acc.n) * rows * columns;
+  begin.decision.squares = squares.count(p.out.mask);
   begin.masks = reinterpret_cast<uint4*>(arenas.masks);
   begin.vectors = static_cast<int>(arenas.bytes / 16);
   begin.own_first = static_cast<int>((p.out.mask.data - arenas.masks) / 16);
-  begin.own = static_cast<int>((acc.sites() + 15) / 16);
+  begin.own = static_cast<int>((p.out.mask.sites() + 15) / 16);
   begin.counts = arenas.counts;
   begin.count = static_cast<int>(2 * arenas.rows);
   if (branch.has_everywhere) {
@@ -513,11 +511,11 @@ cudaError_t begin_frame(const EncodeParams& p, const Arenas& arenas, const Branc
     if (error != cudaSuccess) return error;
     *handle = begin.decision.handle;
   }
-  return with_type(acc.dtype, [&](auto type) {
+  return with_type(p.out.acc.dtype, [&](auto type) {
     using T = typename decltype(type)::T;
     if constexpr (sizeof(T) == 2)
       return launch(image_kernel<T, cuda::kSquare, true>,
-                    {blocks_for(acc.n * rows * columns * 32), kThreads}, stream, launched);
+                    {blocks_for(begin.decision.squares * int64_t{32}), kThreads}, stream, launched);
     return cudaErrorInvalidValue;
   });
 #else
@@ -526,15 +524,8 @@ cudaError_t begin_frame(const EncodeParams& p, const Arenas& arenas, const Branc
 }
 
 cudaError_t read_frame(cudaGraphExec_t graph, cudaGraphNode_t encode, const void* x) {
-  cudaKernelNodeParams params;
-  const cudaError_t error = cudaGraphKernelNodeGetParams(encode, &params);
-  if (error != cudaSuccess) return error;
-  if (params.kernelParams == nullptr) return cudaErrorInvalidValue;
-  EncodeLaunch launched = *static_cast<const EncodeLaunch*>(params.kernelParams[0]);
-  launched.p.x = x;
-  void* arguments[] = {&launched};
-  params.kernelParams = arguments;
-  return cudaGraphExecKernelNodeSetParams(graph, encode, &params);
+  return change_launch<EncodeLaunch>(graph, encode,
+                                     [&](EncodeLaunch& launched) { launched.p.x = x; });
 }
 
 }  // namespace deltafx::cuda

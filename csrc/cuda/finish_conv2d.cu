@@ -60,11 +60,10 @@ cudaError_t finish_as(const FinishParams& p, cudaStream_t stream) {
   const int vectors = static_cast<int>((acc.c + kVector - 1) / kVector);
   const int lanes = vectors < kThreads ? vectors : kThreads;
   const int rows = (vectors + lanes - 1) / lanes, per_block = kThreads / lanes;
-  const int64_t most = int64_t{16} * current_device().multiprocessors;
   const int64_t needed = (acc.sites() + per_block - 1) / per_block;
   const bool aligned =
       is_aligned(acc) && is_aligned(p.y) && (p.residual.data == nullptr || is_aligned(p.residual));
-  Grid grid{static_cast<int>(needed < most ? needed : most), kThreads};
+  Grid grid{at_most(needed, 16), kThreads};
   grid.rows = rows;
   return launch(finish_kernel<T>, grid, stream, p, lanes, aligned);
 }

@@ -29,22 +29,12 @@ __global__ void __launch_bounds__(kThreads) hand_out_kernel(const __grid_constan
 
 cudaError_t hand_out(const void* from, void* to, int64_t bytes, cudaStream_t stream) {
   const int64_t needed = (bytes / 16 + kThreads - 1) / kThreads + 1;
-  const int64_t most = int64_t{8} * current_device().multiprocessors;
-  const int blocks = static_cast<int>(needed < most ? needed : most);
-  return launch(hand_out_kernel, {blocks, kThreads}, stream,
+  return launch(hand_out_kernel, {at_most(needed, 8), kThreads}, stream,
                 HandOut{static_cast<const char*>(from), static_cast<char*>(to), bytes});
 }
 
 cudaError_t hand_out_to(cudaGraphExec_t graph, cudaGraphNode_t node, void* to) {
-  cudaKernelNodeParams params;
-  const cudaError_t error = cudaGraphKernelNodeGetParams(node, &params);
-  if (error != cudaSuccess) return error;
-  if (params.kernelParams == nullptr) return cudaErrorInvalidValue;
-  HandOut p = *static_cast<const HandOut*>(params.kernelParams[0]);
-  p.to = static_cast<char*>(to);
-  void* arguments[] = {&p};
-  params.kernelParams = arguments;
-  return cudaGraphExecKernelNodeSetParams(graph, node, &params);
+  return change_launch<HandOut>(graph, node, [&](HandOut& p) { p.to = static_cast<char*>(to); });
 }
 
 }  // namespace deltafx::cuda

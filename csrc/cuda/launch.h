@@ -33,6 +33,12 @@ inline int shared_percent() {
   return current_device().capability == 90 ? 72 : cudaSharedmemCarveoutMaxShared;
 }
 
+// As many blocks as there is work for, but not more than so many for each multiprocessor.
+inline int at_most(int64_t needed, int a_multiprocessor) {
+  const int64_t most = int64_t{a_multiprocessor} * current_device().multiprocessors;
+  return static_cast<int>(needed < most ? needed : most);
+}
+
 // Has so many blocks along x be a cluster.
 inline cudaLaunchAttribute in_clusters(int blocks) {
   cudaLaunchAttribute attribute{};
@@ -66,6 +72,21 @@ cudaError_t launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t str
     if (grid.cluster > 1) attributes[config.numAttrs++] = in_clusters(grid.cluster);
   }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...);
+}
+
+// Changes the only parameter, a Launch, of a kernel that was captured, from the next launch of its
+// graph on. Launches that are already enqueued are left alone.
+template <class Launch, class Change>
+cudaError_t change_launch(cudaGraphExec_t graph, cudaGraphNode_t kernel, const Change& change) {
+  cudaKernelNodeParams params;
+  const cudaError_t error = cudaGraphKernelNodeGetParams(kernel, &params);
+  if (error != cudaSuccess) return error;
+  if (params.kernelParams == nullptr) return cudaErrorInvalidValue;
+  Launch launched = *static_cast<const Launch*>(params.kernelParams[0]);
+  change(launched);
+  void* arguments[] = {&launched};
+  params.kernelParams = arguments;
+  return cudaGraphExecKernelNodeSetParams(graph, kernel, &params);
 }
 
 }  // namespace deltafx::cuda

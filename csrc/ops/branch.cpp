@@ -5,17 +5,24 @@
 namespace deltafx {
 
 #ifdef DELTAFX_CUDA
-cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool may_skip,
-                                 bool has_everywhere, double dense_above) {
+namespace {
+
+cuda::BranchState* state_of(const Tensor& state) {
   static_assert(sizeof(cuda::BranchState) == 6 * sizeof(int32_t));
   TORCH_CHECK_TYPE(state.scalar_type() == at::kInt && state.numel() == 6 && state.is_contiguous() &&
                        state.storage_offset() % 2 == 0,
                    "deltafx: state must be six int32 at a multiple of 8 bytes, not ", state.sizes(),
                    " of ", state.scalar_type());
+  return static_cast<cuda::BranchState*>(state.data_ptr());
+}
+
+cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool may_skip,
+                                 bool has_everywhere, double dense_above) {
+  cuda::BranchParams p{};
+  p.state = state_of(state);
   TORCH_CHECK_VALUE(!masks.empty() && masks.size() <= cuda::kMostInputs,
                     "deltafx: a frame has 1 to ", cuda::kMostInputs, " inputs here, not ",
                     masks.size());
-  cuda::BranchParams p{};
   for (const Tensor& mask : masks) {
     check_same_device(mask, state, "a mask");
     TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool && mask.dim() == 3 && mask.is_contiguous(),
@@ -27,15 +34,12 @@ cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool
   p.may_skip = may_skip;
   p.has_everywhere = has_everywhere;
   p.dense_above = static_cast<float>(dense_above);
-  p.state = static_cast<cuda::BranchState*>(state.data_ptr());
   return p;
 }
 
 cudaGraph_t graph_of(int64_t raw) {
   return reinterpret_cast<cudaGraph_t>(raw);  // NOLINT: how torch hands graphs out
 }
-
-namespace {
 
 void branch(const Tensor& state, at::TensorList masks, bool may_skip, double dense_above,
             at::IntArrayRef bodies) {
@@ -66,15 +70,14 @@ std::tuple<int64_t, int64_t> begin_frame(const Tensor& acc, const Tensor& mask,
                                          const Tensor& masks, const Tensor& all_counts,
                                          const Tensor& state, bool may_skip, bool has_everywhere,
                                          double dense_above) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      begins_frame(acc, mask, counts, x, block, inv_scale, threshold, policy, masks, all_counts),
-      "deltafx: no kernel begins such a frame; see begins_frame");
   const EncodeParams p = encode_params(acc, mask, counts, x, block, inv_scale, threshold, policy);
+  const cuda::Arenas arenas = arenas_of(masks, all_counts);
+  TORCH_CHECK_NOT_IMPLEMENTED(cuda::begins_frame(p, arenas),
+                              "deltafx: no kernel begins such a frame; see begins_frame");
   const cuda::BranchParams b = branch_params(state, mask, may_skip, has_everywhere, dense_above);
   unsigned long long handle = 0;
-  run_on_cuda(acc, [&](cudaStream_t stream) {
-    return cuda::begin_frame(p, arenas_of(masks, all_counts), b, &handle, stream);
-  });
+  run_on_cuda(
+      acc, [&](cudaStream_t stream) { return cuda::begin_frame(p, arenas, b, &handle, stream); });
   return {static_cast<int64_t>(handle), last_node(acc)};
 }
 
@@ -90,8 +93,7 @@ void tell(const Tensor& state, const Tensor& told) {
       "deltafx: told must be one int32 in pinned memory, not ", told.sizes(), " of ",
       told.scalar_type());
   run_on_cuda(state, [&](cudaStream_t stream) {
-    return cuda::tell(static_cast<const cuda::BranchState*>(state.data_ptr()),
-                      static_cast<int32_t*>(told.data_ptr()), stream);
+    return cuda::tell(state_of(state), static_cast<int32_t*>(told.data_ptr()), stream);
   });
 }
 

@@ -17,10 +17,6 @@ EncodeParams encode_params(const Tensor& acc, const Tensor& mask, const Tensor& 
 #ifdef DELTAFX_CUDA
 cuda::Arenas arenas_of(const Tensor& masks, const Tensor& counts);
 
-cuda::BranchParams branch_params(const Tensor& state, at::TensorList masks, bool may_skip,
-                                 bool has_everywhere, double dense_above);
-cudaGraph_t graph_of(int64_t raw);
-
 // What the current stream has captured last, if it is one node; else 0. On the device of `like`.
 int64_t last_node(const Tensor& like);
 #endif

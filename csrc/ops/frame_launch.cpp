@@ -41,6 +41,14 @@ bool is_plain(const Tensor& t) {
          !t._is_zerotensor() && !t.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
+// Whether it fills that memory, in whatever order of dimensions.
+bool is_whole(const Tensor& t) { return is_plain(t) && t.is_non_overlapping_and_dense(); }
+
+// Another of the same layout, with nothing in it yet.
+Tensor another(const Tensor& t) {
+  return at::detail::empty_strided_cuda(t.sizes(), t.strides(), t.scalar_type(), t.device());
+}
+
 // Whether elements of two tensors lie equally far apart.
 bool lies_as(const Tensor& t, const Tensor& other) {
   if (t.sizes() != other.sizes()) return false;
@@ -95,14 +103,9 @@ class FrameLaunch : public torch::CustomClassHolder {
     std::vector<Tensor> made;
     made.reserve(outputs_.size());
     for (size_t i = 0; i < outputs_.size(); ++i) {
-      const Tensor& t = outputs_[i];
-      if (writers_[i] == nullptr) {
-        made.emplace_back();
-        continue;
-      }
-      made.push_back(
-          at::detail::empty_strided_cuda(t.sizes(), t.strides(), t.scalar_type(), t.device()));
-      C10_CUDA_CHECK(cuda::hand_out_to(graph_, writers_[i], made[i].mutable_data_ptr()));
+      made.push_back(writers_[i] == nullptr ? Tensor() : another(outputs_[i]));
+      if (writers_[i] != nullptr)
+        C10_CUDA_CHECK(cuda::hand_out_to(graph_, writers_[i], made[i].mutable_data_ptr()));
     }
     C10_CUDA_CHECK(cudaGraphLaunch(graph_, c10::cuda::getCurrentCUDAStream().stream()));
     for (size_t i = 0; i < outputs_.size(); ++i)
@@ -155,9 +158,8 @@ class FrameLaunch : public torch::CustomClassHolder {
   }
 
   static Tensor copy_of(const Tensor& t) {
-    if (!is_plain(t) || !t.is_non_overlapping_and_dense()) return t.clone();
-    Tensor made =
-        at::detail::empty_strided_cuda(t.sizes(), t.strides(), t.scalar_type(), t.device());
+    if (!is_whole(t)) return t.clone();
+    Tensor made = another(t);
     C10_CUDA_CHECK(cudaMemcpyAsync(made.mutable_data_ptr(), t.const_data_ptr(), t.nbytes(),
                                    cudaMemcpyDeviceToDevice,
                                    c10::cuda::getCurrentCUDAStream(t.get_device()).stream()));
@@ -173,7 +175,7 @@ class FrameLaunch : public torch::CustomClassHolder {
 // Has the current stream, which is being captured, hand out an output, to wherever FrameLaunch says
 // at each launch; the node of it, or 0, if that cannot be.
 int64_t hand_out(const Tensor& output) {
-  if (!is_plain(output) || !output.is_non_overlapping_and_dense() || output.numel() == 0 ||
+  if (!is_whole(output) || output.numel() == 0 ||
       reinterpret_cast<uintptr_t>(output.const_data_ptr()) % kAlignment != 0)
     return 0;
   void* own = output.mutable_data_ptr();  // until it is told

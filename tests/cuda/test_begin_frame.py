@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltafx.cuda_graph import BRANCHES
+from deltafx.state import mask_room
 from tests.test_invariants import examples
 
 pytestmark = pytest.mark.cuda
@@ -19,14 +20,14 @@ class State:
 
     def __init__(self, n: int, h: int, w: int, dtype: torch.dtype, before: int, threshold: float):
         sites = n * h * w
-        room = -(-sites // 16) * 16
+        room = mask_room(sites)
         self.masks = torch.ones(16 * before + room + 64, dtype=torch.bool, device="cuda")
         self.masks[16 * before + sites : 16 * before + room] = False  # there is never anything
         self.mask = self.masks[16 * before : 16 * before + sites].view(n, h, w)
         self.all_counts = torch.full((3, 2), 7, dtype=torch.int64, device="cuda")
         self.rows = torch.zeros(n, h, w, 4, dtype=dtype, device="cuda")
         self.acc = self.rows.permute(0, 3, 1, 2)[:, :3]
-        self.inv_scale = torch.tensor([1.0, 0.5, 2.0, 0.0], device="cuda")[:3]
+        self.inv_scale = torch.tensor([1.0, 0.5, 2.0], device="cuda")
         self.threshold = torch.tensor(threshold, device="cuda")
         self.branch = torch.zeros(6, dtype=torch.int32, device="cuda")
 
