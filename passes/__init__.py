@@ -23,6 +23,7 @@ from deltafx.passes.fuse_prologues import fuse_prologues
 from deltafx.passes.fuse_residuals import fuse_residuals
 from deltafx.passes.fuse_separables import fuse_separables
 from deltafx.passes.lift_layouts import lift_layouts
+from deltafx.passes.list_ahead import list_ahead
 from deltafx.passes.match_shuffles import match_shuffles
 from deltafx.passes.plan_state import plan_state
 from deltafx.passes.raise_ops import raise_ops
@@ -48,6 +49,7 @@ PIPELINE: tuple[tuple[Pass, str], ...] = (
     (assign_regions, "assigned"),
     (plan_state, "planned"),
     (run_beside, "planned"),  # must run before share_lists: these take no part in it
+    (list_ahead, "planned"),
     (share_lists, "planned"),
 )
 """Each pass with the stage that the graph is in after it."""

@@ -24,6 +24,7 @@ from deltafx.ops import DeltaOp, delta_op, is_view
 from deltafx.ops.base import constant
 from deltafx.ops.views import slice_channels
 from deltafx.passes.context import Context
+from deltafx.passes.list_ahead import AHEAD, EARLY
 from deltafx.passes.run_beside import BESIDE
 from deltafx.passes.share_lists import FURTHER, LIST
 from deltafx.state import (
@@ -128,6 +129,7 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
         "policy": lowering.policy,
         "memory": None,
         "listed": LIST in node.meta,
+        "ahead": EARLY in node.meta,
     }
     if lowering.plan.lists:
         number = node.meta.get(LIST, node.meta.get(BESIDE, 0))
@@ -138,7 +140,17 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
     if op.workspace is not None:
         own |= {k: lowering.attribute(f"{k}_{node.name}") for k in op.workspace(node)}
     own |= _given(lowering, node, op)
-    if FURTHER in node.meta:
+    if AHEAD in node.meta:
+        n = node.meta[AHEAD]
+        other = {
+            "memory": lowering.attribute(list_name(n.meta[LIST])),
+            "counts": lowering.attribute(counts_name(n.name)),
+            **_given(lowering, n, delta_op(n)),
+            "x_mask": lowering.mask(node.kwargs["x"]),
+        }
+        n.meta["found"] = True
+        _find_candidates(lowering, n, other).meta[BESIDE] = n.meta[LIST]
+    if FURTHER in node.meta and "found" not in node.meta:
         _find_candidates(lowering, node, own)
     schema = op.operator._schema
     args = [own[a.name] if a.name in own else _absent(a) for a in schema.arguments]
@@ -148,7 +160,7 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
         lowered.meta[BESIDE] = node.meta[BESIDE]
 
 
-def _find_candidates(lowering: _Lowering, node: fx.Node, given: dict[str, Any]) -> None:
+def _find_candidates(lowering: _Lowering, node: fx.Node, given: dict[str, Any]) -> fx.Node:
     """The call that lists the candidates of a convolution and of those behind it."""
     names = (
         "memory", "counts", "x_mask", "residual_mask", "kernel", "stride", "padding", "dilation"
@@ -161,7 +173,7 @@ def _find_candidates(lowering: _Lowering, node: fx.Node, given: dict[str, Any]) 
             None if further.source is None else lowering.mask(further.source),
             further.stride,
         ]
-    lowering.graph.call_function(torch.ops.deltafx.find_candidates.default, tuple(args))
+    return lowering.graph.call_function(torch.ops.deltafx.find_candidates.default, tuple(args))
 
 
 def _given(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> dict[str, Any]:

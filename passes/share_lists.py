@@ -75,7 +75,7 @@ def share_lists(gm: fx.GraphModule, context: Context) -> int:
     return count
 
 
-def bears_list(node: fx.Node, plan: StatePlan, wider: float) -> bool:
+def bears_list(node: fx.Node, plan: StatePlan, wider: float, ahead: bool = False) -> bool:
     """Whether a convolution goes by a list, and rather by one with more candidates than its own.
 
     Args:
@@ -91,7 +91,7 @@ def bears_list(node: fx.Node, plan: StatePlan, wider: float) -> bool:
         _map(node, plan),
         _map(node.kwargs["x"], plan),
         None if residual is None else _map(residual, plan),
-        kernel, stride, padding, dilation, node.kwargs.get("groups", 1), wider, plan.device,
+        kernel, stride, padding, dilation, node.kwargs.get("groups", 1), wider, ahead, plan.device,
     )  # fmt: skip
 
 

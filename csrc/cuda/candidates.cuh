@@ -24,10 +24,12 @@ struct CandidateList {
   const int32_t* begin;  // null: 0
   int32_t* next_begin;   // null: this is the last part
 
-  __device__ int first() const { return begin != nullptr ? *begin : 0; }
-  // Called by the reader, once its inputs are there.
+  // These are called by the reader, once the list is there. Past L1, which may hold what a frame
+  // before left at these places, if the list is read before the reader's other inputs.
+  __device__ int first() const { return begin != nullptr ? __ldcg(begin) : 0; }
+  __device__ int entry(int i) const { return __ldcg(entries + i); }
   __device__ int last() const {
-    const int value = static_cast<int>(*end);
+    const int value = static_cast<int>(__ldcg(end));
     if (next_begin != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *next_begin = value;
     return value;
   }

@@ -206,6 +206,7 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
     p.windows = query.windows_of_shares();
     const bool may_list = !launched.listed && parts == 1 && streams == nullptr;
     p.shares = may_list ? shares_of(p, launched) : Shares{};
+    p.ahead = launched.listed && launched.ahead;
     cudaError_t error = cudaSuccess;
     if (!p.shares.any() && !launched.listed)
       error = list_candidates(query, c.out.acc, p.list, stream);
@@ -239,11 +240,12 @@ cudaError_t list_conv(const ConvListLaunch& l, cudaStream_t stream) {
              : list_candidates(query, map, own, stream, FurtherLists<2>{{lists[0], lists[1]}});
 }
 
-bool conv_bears_list(const ConvParams& c, double wider) {
-  const ConvLaunch launch{c, nullptr, true, false, nullptr, false};
+bool conv_bears_list(const ConvParams& c, double wider, bool ahead) {
+  const ConvLaunch launch{c, nullptr, true, false, nullptr, false, false};
   GemmParams p = params_of(c);
   set_phase(p, c.geometry, conv_phases(c.geometry, c.out.acc.dtype)[0]);
-  return on_hopper(p, launch) && !shares_of(p, launch).any() && conv_hopper_bears(p, wider);
+  return on_hopper(p, launch) && (ahead || !shares_of(p, launch).any()) &&
+         conv_hopper_bears(p, wider);
 }
 
 }  // namespace deltafx::cuda

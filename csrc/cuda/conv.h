@@ -65,6 +65,7 @@ struct ConvLaunch {
   bool plain;          // matrix products without what is new in Ampere, as on older GPUs
   int32_t* memory;     // conv_ints
   bool listed;         // list_conv has left the candidates there
+  bool ahead;          // and was done before the kernel before this one left its wait
 };
 cudaError_t conv(const ConvLaunch& launch, cudaStream_t stream);
 // Of the memory of a convolution with so many output sites.
@@ -92,9 +93,9 @@ struct ConvListLaunch {
 };
 cudaError_t list_conv(const ConvListLaunch& launch, cudaStream_t stream);
 
-// Whether a convolution goes by a list, and should rather compute `wider` sites more on each side
-// of what changed than have one of its own. Of p: out.acc, x, residual, geometry; no memory is
-// touched.
-bool conv_bears_list(const ConvParams& p, double wider);
+// Whether a convolution that goes by a list, or any (`ahead`) by one that is there before it may
+// start, should rather compute `wider` sites more on each side of what changed than have candidates
+// of its own. Of p: out.acc, x, residual, geometry; no memory is touched.
+bool conv_bears_list(const ConvParams& p, double wider, bool ahead);
 
 }  // namespace deltafx::cuda

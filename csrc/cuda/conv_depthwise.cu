@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const ConvQuery query(p);
   OwnCandidates<kThreads, ConvQuery> own(query, p.shares, share);
   if (lists_itself) own.prepare();
-  wait_for_inputs();
+  if (!p.ahead) wait_for_inputs();
   // The block's candidates: those of its share, or every so many of the list.
   int size, first_entry = 0, listed_from = 0;
   if (lists_itself) {
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
   const auto site_of = [&](int entry) {
     if (!works || entry >= size) return -1;
-    return lists_itself ? listed[entry - listed_from] : p.list.entries[first_entry + entry];
+    return lists_itself ? listed[entry - listed_from] : p.list.entry(first_entry + entry);
   };
   const int first = lists_itself ? 0 : share * teams.sites;
   const int stride = lists_itself ? teams.sites : static_cast<int>(gridDim.x) * teams.sites;
@@ -198,6 +198,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const auto acc_ld = static_cast<int>(acc.ld);
   const T* const x = static_cast<const T*>(p.x.data) + c0;
   T* const y_of_first = static_cast<T*>(acc.data) + c0;
+  if (p.ahead) wait_for_inputs();
 #pragma unroll 1
   for (int begin = first; begin < size; begin += stride) {
     const int entry = begin + team, site = next;

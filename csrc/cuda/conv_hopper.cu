@@ -94,6 +94,15 @@ int cluster_in_shares(const GemmParams& p) {
   return 0;
 }
 
+// As many as should do for tiles of 64 sites. The fewer, the less often a tile's weights are read;
+// an image's are few. But a small map's candidates are the least certain, and there are
+// multiprocessors to spare.
+int clusters_for(const GemmParams& p, const HopperTiling& tiling) {
+  const int wanted = static_cast<int>((p.x.c <= 4 ? 3 : 2) * expected_small_tiles(p)) + 1;
+  const int spare = current_device().multiprocessors / (4 * tiling.columns * tiling.cluster);
+  return std::min(tiling.clusters, std::max(wanted, spare));
+}
+
 // Into how many parts the depth of a tile of 128 sites is split.
 int parts_of(const GemmParams& p) {
   constexpr int kMost = 8, kLeastSteps = 4;  // of a part
@@ -124,17 +133,19 @@ HopperTiling::HopperTiling(const GemmParams& p)
   clusters = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tiles, room)));
 }
 
+int conv_hopper_clusters(const GemmParams& p) {
+  const HopperTiling tiling(p);
+  if (p.shares.any()) return p.shares.count;
+  return p.ahead && !tiling.tall ? clusters_for(p, tiling) : tiling.clusters;
+}
+
 Shares conv_hopper_shares(const GemmParams& p) {
   const HopperTiling tiling(p);
   if (tiling.tall || !can_share(p, tiling.clusters)) return {};
-  // The fewer, the less often a tile's weights are read; an image's are few. But a small map's
-  // share of the candidates is the least certain, and there are multiprocessors to spare.
-  const int wanted = static_cast<int>((p.x.c <= 4 ? 3 : 2) * expected_small_tiles(p)) + 1;
-  const int spare = current_device().multiprocessors / (4 * tiling.columns * tiling.cluster);
   FeatureMap map = p.out.acc;
   // Eight points in a row may go on from one row to the next.
   if (p.windows == Windows::points) map.h = map.sites() / kFlags, map.w = kFlags, map.n = 1;
-  return Shares(map, std::min(tiling.clusters, std::max(wanted, spare)));
+  return Shares(map, clusters_for(p, tiling));
 }
 
 bool conv_hopper_bears(const GemmParams& p, double wider) {

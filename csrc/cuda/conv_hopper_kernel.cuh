@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const Query query(p);
   OwnCandidates<kThreads, Query> own(query, p.shares, share);
   if (lists_itself) own.prepare();
-  wait_for_inputs();
+  if (!p.ahead) wait_for_inputs();
 
   // The cluster's tiles are those of its share, or every so many of the list. In a list, a guess at
   // the first tile's sites is read along with their number.
@@ -121,17 +121,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     if (size > 0 && tid == 0 && rank == 0 && blockIdx.y == 0) add_to(p.out.counts, size);
   } else {
     first_entry = p.list.first();
-    if (tid < kRows && first_entry + guess < p.sites) entry = p.list.entries[first_entry + guess];
+    if (tid < kRows && first_entry + guess < p.sites) entry = p.list.entry(first_entry + guess);
     size = p.list.last() - first_entry;
   }
-  if (size == 0) {
-    // What was asked for must have come before the block's memory is another's.
-    if (tid == 0)
-      for (int step = own_step; step < early; ++step)
-        wait_for_barrier(barrier_of(early_stage(step)), 0);
-    return;
-  }
-
   const int workers = lists_itself ? parts : blocks, clusters = workers >> part_bits;
   const int worker = lists_itself ? rank : block;
   const int tiles = (size + kRows - 1) / kRows;
@@ -143,6 +135,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const bool split = parts > 1 && (lists_itself ||
                                    rounds(clusters) * static_cast<float>((steps >> part_bits) + 6) <
                                        rounds(workers) * static_cast<float>(steps));
+  const int first_tile = split ? worker >> part_bits : worker;
+  if (first_tile >= tiles) {
+    if (p.ahead) wait_for_inputs();
+    // What was asked for must have come before the block's memory is another's.
+    if (tid == 0)
+      for (int step = own_step; step < early; ++step)
+        wait_for_barrier(barrier_of(early_stage(step)), 0);
+    return;
+  }
   const int first_step = split ? own_step : 0, last_step = split ? own_end : steps;
   // A unit is a quarter of a row's channels. Of a split tile a block finishes every so many of the
   // rows.
@@ -151,13 +152,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const int unit_bits = kRowBits + 2 - row_bits, own_units = 1 << unit_bits;
   const int own_row = (tid / 4 << row_bits) + first_own_row;
   const int at_first = first_stage(last_step - first_step);
+  if (!lists_itself) {
+    early = min(first_step + kStages - 1, last_step);
+    if (tid == 0)
+      for (int step = first_step; step < early; ++step)
+        load_weights(step, wrap(at_first + step - first_step));
+  }
   int exchanges = 0;
   uint32_t phases = 0;  // of the stages' barriers, a bit each
   bool first = true;
 
 #pragma unroll 1
-  for (int tile = split ? worker >> part_bits : worker; tile < tiles;
-       tile += split ? clusters : workers, first = false) {
+  for (int tile = first_tile; tile < tiles; tile += split ? clusters : workers, first = false) {
     const int first_row = tile * kRows, count = min(kRows, size - first_row);
     // What was written to the stages' memory comes before the copies into it.
     if (!first) fence_async();
@@ -166,7 +172,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     } else {
       if (!first) __syncthreads();
       const int i = first_row + tid;
-      if (i != guess && tid < count) entry = p.list.entries[first_entry + i];
+      if (i != guess && tid < count) entry = p.list.entry(first_entry + i);
       if (tid < count) sites[tid] = entry;
     }
     if (tid >= count && tid < kRows) sites[tid] = -1;
@@ -181,6 +187,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       gather.take(sites);
     else
       gather.take(rows);
+    if (first && p.ahead) wait_for_inputs();
     int next = first_step;
     // The next step of depth into stage `to`.
     const auto load = [&](int to) {

@@ -11,8 +11,8 @@ cudaError_t launch_tiles(void (*kernel)(GemmParams), GemmParams p, cudaStream_t 
   static_assert(Traits::kBlocksPerMultiprocessor == HopperTiling::kBlocksPerMultiprocessor &&
                 Traits::kColumns == HopperTiling::kColumns);
   const HopperTiling tiling(p);
+  const int clusters = conv_hopper_clusters(p);
   p.cluster = tiling.cluster;
-  const int clusters = p.shares.any() ? p.shares.count : tiling.clusters;
   return launch(
       kernel,
       {clusters * p.cluster, Traits::kThreads, Traits::kSharedBytes, p.cluster, tiling.columns},

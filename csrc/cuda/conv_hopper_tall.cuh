@@ -153,16 +153,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       p.out.truncation.policy == Policy::none ? 0.f : *p.out.truncation.threshold;
   const int first_step = steps * rank >> part_bits, last_step = steps * (rank + 1) >> part_bits;
   TallGather<Traits> gather(p, first_step);
-  wait_for_inputs();
+  if (!p.ahead) wait_for_inputs();
 
   // The entry of this thread's row in the next tile whose rows it works out. The warp groups take
   // turns; the first two tiles' entries are read along with the number of all.
   const int first_entry = p.list.first(), own_row = tid % kRows;
   int own_tile = block + tid / kRows * blocks, entry = 0;
   if (first_entry + own_tile * kRows + own_row < p.sites)
-    entry = p.list.entries[first_entry + own_tile * kRows + own_row];
+    entry = p.list.entry(first_entry + own_tile * kRows + own_row);
   const int size = p.list.last() - first_entry, tiles = (size + kRows - 1) / kRows;
-  if (block >= tiles) return;
+  if (block >= tiles) {
+    if (p.ahead) wait_for_inputs();
+    return;
+  }
 
   // Works out rows of `own_tile` for slot `slot`, and reads the entries for this thread's next.
   const auto make_rows = [&](int slot) {
@@ -171,13 +174,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     rows[slot][own_row] = HopperRow(p, sites[slot][own_row]);
     own_tile += 2 * blocks;
     const int next = own_tile * kRows + own_row;
-    if (next < size) entry = p.list.entries[first_entry + next];
+    if (next < size) entry = p.list.entry(first_entry + next);
   };
   make_rows(tid / kRows);
   __syncthreads();
 
   int load_tile = block, load_slot = 0, load_step = first_step;
   gather.begin(rows[0]);
+  if (p.ahead) wait_for_inputs();
   const auto load = [&](int to) {
     if (!Traits::kSplit && load_step == last_step) {
       load_tile += blocks;

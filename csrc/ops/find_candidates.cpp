@@ -77,7 +77,8 @@ void find_candidates(const Tensor& memory, const Tensor& counts, const Tensor& x
 // On meta tensors, which lie where those of a state will: as far from a vector's beginning.
 bool conv2d_bears_list(const Tensor& acc, const Tensor& x, const OptionalTensor& residual,
                        at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                       at::IntArrayRef dilation, int64_t groups, double wider, c10::Device device) {
+                       at::IntArrayRef dilation, int64_t groups, double wider, bool ahead,
+                       c10::Device device) {
   ConvParams p{};
   p.out.acc = feature_map(acc, "acc");
   p.x = feature_map(x, "x");
@@ -91,7 +92,7 @@ bool conv2d_bears_list(const Tensor& acc, const Tensor& x, const OptionalTensor&
   check_conv_size(p);
   c10::cuda::OptionalCUDAGuard guard;
   if (device.has_index()) guard.set_device(device);
-  return cuda::conv_bears_list(p, wider);
+  return cuda::conv_bears_list(p, wider, ahead);
 }
 
 }  // namespace
@@ -109,7 +110,8 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "conv2d_bears_list(Tensor acc, Tensor x, Tensor? residual, int[2] kernel, int[2] stride, "
-      "int[2] padding, int[2] dilation, int groups, float wider, Device device) -> bool",
+      "int[2] padding, int[2] dilation, int groups, float wider, bool ahead, Device device) -> "
+      "bool",
       {at::Tag::pt2_compliant_tag});
 }
 #ifdef DELTAFX_CUDA

@@ -19,6 +19,7 @@ from tests.exactness import exact_over
 pytestmark = pytest.mark.cuda
 
 module: Any = importlib.import_module("deltafx.passes.share_lists")
+ahead: Any = importlib.import_module("deltafx.passes.list_ahead")
 ops = torch.ops.deltafx
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -107,7 +108,8 @@ def clip(dtype: torch.dtype, count: int = 8) -> list[Tensor]:
 
 def shared(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
     """All lists are shared that can be, or none."""
-    monkeypatch.setattr(module, "bears_list", lambda *_: answer)
+    for each in (module, ahead):
+        monkeypatch.setattr(each, "bears_list", lambda *_: answer)
 
 
 def finds(compiled: deltafx.DeltaModule) -> int:
@@ -193,7 +195,7 @@ def bears(
     acc = map_of(cout)
     return ops.conv2d_bears_list(
         acc, map_of(cin), acc if residual else None, [kernel, kernel], [1, 1], padding, [1, 1], 1,
-        wider, torch.device("cuda"),
+        wider, False, torch.device("cuda"),
     )  # fmt: skip
 
 
