@@ -101,6 +101,6 @@ def _written(node: fx.Node) -> list[str]:
     arguments = node.target._schema.arguments  # type: ignore[union-attr]
     return [
         str(arg.target)
-        for arg, argument in zip(node.args, arguments, strict=True)
+        for arg, argument in zip(node.args, arguments, strict=False)  # the last may be left out
         if isinstance(arg, fx.Node) and argument.is_write
     ]

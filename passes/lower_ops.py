@@ -149,7 +149,7 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
             "x_mask": lowering.mask(node.kwargs["x"]),
         }
         n.meta["found"] = True
-        _find_candidates(lowering, n, other).meta[BESIDE] = n.meta[LIST]
+        _find_candidates(lowering, n, other).meta |= {BESIDE: n.meta[LIST], "lowered_from": n.name}
     if FURTHER in node.meta and "found" not in node.meta:
         _find_candidates(lowering, node, own)
     schema = op.operator._schema
