@@ -76,9 +76,13 @@ class BesideInterpreter(fx.Interpreter):
         if n.op == "call_function":
             self._join({str(a.target) for a in n.all_input_nodes if a.op == "get_attr"})
         if BESIDE not in n.meta:
+            if n.op == "call_function":
+                self._before = self._here()
             returned = super().run_node(n)
         else:
             begin = self._here()
+            if "behind" in n.meta:
+                self._before.go_back()
             returned = super().run_node(n)
             self._ends |= dict.fromkeys(_written(n), self._here())
             begin.go_back()

@@ -30,7 +30,7 @@ from deltafx.passes.run_beside import BESIDE
 from deltafx.passes.share_lists import FURTHER, LIST, FurtherList, _is_ours, _window, bears_list
 from deltafx.state import StatePlan, list_room
 
-AHEAD, EARLY = "ahead", "early"
+AHEAD = "ahead"
 
 _MOST = 2
 
@@ -59,8 +59,6 @@ def list_ahead(gm: fx.GraphModule, context: Context) -> int:
         for number, node in zip(numbers, (n, *readers)):
             node.meta[LIST] = number
             rooms[number] = max(rooms[number], list_room(slot.sites, slot.shape[0]))
-        for q in readers:
-            q.meta[EARLY] = True
         n.meta[FURTHER] = tuple(FurtherList(q, None, 1) for q in readers)
         m.meta[AHEAD] = n
         sets[free] = (numbers, max(order[node] for node in (n, *readers)))
@@ -88,9 +86,10 @@ def _group(m: fx.Node, order: Any, plan: StatePlan, owners: Any) -> Any:
         return None
     n = after[0]
     kernel, stride, padding, dilation = _window(n)
-    if max(kernel) == 1 or not n.meta["truncates"]:
+    dw = n.kwargs.get("groups", 1) > 1 and os.environ.get("DX_DW") == "1"
+    if max(kernel) == 1 or not (n.meta["truncates"] or dw):
         return None
-    if not bears_list(n, plan, 0.25, True):
+    if not dw and not bears_list(n, plan, 0.25, True):
         return None
     centred = all(p % d == 0 and p // d < k for p, d, k in zip(padding, dilation, kernel))
     reach = max((k - 1) * d / (2 * s) for k, s, d in zip(kernel, stride, dilation, strict=True))
@@ -125,4 +124,4 @@ def _group(m: fx.Node, order: Any, plan: StatePlan, owners: Any) -> Any:
     return (n, readers) if readers else None
 
 
-__all__ = ["AHEAD", "EARLY", "list_ahead"]
+__all__ = ["AHEAD", "list_ahead"]

@@ -24,7 +24,7 @@ from deltafx.ops import DeltaOp, delta_op, is_view
 from deltafx.ops.base import constant
 from deltafx.ops.views import slice_channels
 from deltafx.passes.context import Context
-from deltafx.passes.list_ahead import AHEAD, EARLY
+from deltafx.passes.list_ahead import AHEAD
 from deltafx.passes.run_beside import BESIDE
 from deltafx.passes.share_lists import FURTHER, LIST
 from deltafx.state import (
@@ -129,7 +129,6 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
         "policy": lowering.policy,
         "memory": None,
         "listed": LIST in node.meta,
-        "ahead": EARLY in node.meta,
     }
     if lowering.plan.lists:
         number = node.meta.get(LIST, node.meta.get(BESIDE, 0))
@@ -140,7 +139,10 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
     if op.workspace is not None:
         own |= {k: lowering.attribute(f"{k}_{node.name}") for k in op.workspace(node)}
     own |= _given(lowering, node, op)
-    if AHEAD in node.meta:
+    import os
+
+    behind = os.environ.get("DX_ORDER") == "1"
+    if AHEAD in node.meta and not behind:
         n = node.meta[AHEAD]
         other = {
             "memory": lowering.attribute(list_name(n.meta[LIST])),
@@ -158,6 +160,16 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
     lowered.meta["lowered_from"] = node.name
     if BESIDE in node.meta:
         lowered.meta[BESIDE] = node.meta[BESIDE]
+    if AHEAD in node.meta and behind:
+        n = node.meta[AHEAD]
+        other = {
+            "memory": lowering.attribute(list_name(n.meta[LIST])),
+            "counts": lowering.attribute(counts_name(n.name)),
+            **_given(lowering, n, delta_op(n)),
+            "x_mask": lowering.mask(node.kwargs["x"]),
+        }
+        n.meta["found"] = True
+        _find_candidates(lowering, n, other).meta |= {BESIDE: n.meta[LIST], "lowered_from": n.name, "behind": 1}
 
 
 def _find_candidates(lowering: _Lowering, node: fx.Node, given: dict[str, Any]) -> fx.Node:

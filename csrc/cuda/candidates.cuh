@@ -25,9 +25,28 @@ struct CandidateList {
   int32_t* next_begin;   // null: this is the last part
 
   // These are called by the reader, once the list is there. Past L1, which may hold what a frame
-  // before left at these places, if the list is read before the reader's other inputs.
+  // before left at these places, if the list is read before the reader's other inputs are there.
   __device__ int first() const { return begin != nullptr ? __ldcg(begin) : 0; }
   __device__ int entry(int i) const { return __ldcg(entries + i); }
+  // Of lists that several readers have: each block of the kernel that makes them says when it is
+  // done, in the op's counts[1].
+  __device__ void add_done() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(end + 1) : "memory");
+#endif
+  }
+  // Waits for so many blocks, which must have begun; by all threads. Not for ever: a list that
+  // nobody makes is no list.
+  __device__ __forceinline__ void wait_until_done(int blocks) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+    constexpr int kTries = 1 << 20;
+    for (int i = 0; i < kTries; ++i) {
+      int64_t done;
+      asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(done) : "l"(end + 1) : "memory");
+      if (done >= blocks) break;
+    }
+#endif
+  }
   __device__ int last() const {
     const int value = static_cast<int>(__ldcg(end));
     if (next_begin != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *next_begin = value;
@@ -186,6 +205,11 @@ struct SiteRuns {
   }
 };
 
+// Of the kernel that lists them.
+inline int list_blocks(const SiteRuns& runs) {
+  return (runs.count() + kListThreads - 1) / kListThreads;
+}
+
 // The sum over the threads before this one; *total: over all threads of the block.
 template <int kThreads>
 __device__ __forceinline__ int sum_before(int value, int (&warps)[kThreads / 32], int* total) {
@@ -269,13 +293,20 @@ __global__ void __launch_bounds__(kListThreads)
     if (flags[i] != 0) found[i][before >> 16] = {site, flags[i] << kFlagsShift | (before & 0xffff)};
     any |= total[i];
   }
-  if (any == 0) return;
   const auto list_number = [&](int i) -> const CandidateList& {
     if constexpr (kFurther > 0) {
       if (i > 0) return further.lists[i - 1].list;
     }
     return list;
   };
+  if (any == 0) {
+    if constexpr (kFurther > 0) {
+#pragma unroll
+      for (int i = 0; i < kLists; ++i)
+        if (tid == 32 * i) list_number(i).add_done();
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kLists; ++i)
     if (tid == 32 * i && total[i] > 0)
@@ -296,6 +327,12 @@ __global__ void __launch_bounds__(kListThreads)
       list_number(i).entries[begin[i] + before] = of.first + bit;
     }
   }
+  if constexpr (kFurther > 0) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kLists; ++i)
+      if (tid == 32 * i) list_number(i).add_done();
+  }
 }
 
 // Appends the candidates of an op whose accumulator is `acc`, and those of further lists.
@@ -303,7 +340,7 @@ template <class Query, int kFurther = 0>
 cudaError_t list_candidates(const Query& query, const FeatureMap& acc, const CandidateList& list,
                             cudaStream_t stream, const FurtherLists<kFurther>& further = {}) {
   const SiteRuns runs(acc);
-  const int blocks = (runs.count() + kListThreads - 1) / kListThreads;
+  const int blocks = list_blocks(runs);
   return launch(list_kernel<Query, kFurther>, {blocks, kListThreads}, stream, query, runs, list,
                 further);
 }

@@ -206,7 +206,7 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
     p.windows = query.windows_of_shares();
     const bool may_list = !launched.listed && parts == 1 && streams == nullptr;
     p.shares = may_list ? shares_of(p, launched) : Shares{};
-    p.ahead = launched.listed && launched.ahead;
+    p.makers = launched.listed ? list_blocks(SiteRuns(c.out.acc)) : 0;
     cudaError_t error = cudaSuccess;
     if (!p.shares.any() && !launched.listed)
       error = list_candidates(query, c.out.acc, p.list, stream);
@@ -241,7 +241,7 @@ cudaError_t list_conv(const ConvListLaunch& l, cudaStream_t stream) {
 }
 
 bool conv_bears_list(const ConvParams& c, double wider, bool ahead) {
-  const ConvLaunch launch{c, nullptr, true, false, nullptr, false, false};
+  const ConvLaunch launch{c, nullptr, true, false, nullptr, false};
   GemmParams p = params_of(c);
   set_phase(p, c.geometry, conv_phases(c.geometry, c.out.acc.dtype)[0]);
   return on_hopper(p, launch) && (ahead || !shares_of(p, launch).any()) &&

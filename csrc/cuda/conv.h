@@ -64,8 +64,7 @@ struct ConvLaunch {
   bool allow_tf32;     // fp32 on tensor cores, with operands rounded to tf32
   bool plain;          // matrix products without what is new in Ampere, as on older GPUs
   int32_t* memory;     // conv_ints
-  bool listed;         // list_conv has left the candidates there
-  bool ahead;          // and was done before the kernel before this one left its wait
+  bool listed;         // list_conv leaves the candidates there
 };
 cudaError_t conv(const ConvLaunch& launch, cudaStream_t stream);
 // Of the memory of a convolution with so many output sites.

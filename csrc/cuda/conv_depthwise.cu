@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       static_cast<int>(blockIdx.y) * teams.vectors.value + tid - team * teams.vectors.value;
   const int c0 = vector * kVector;
   const bool works = team < teams.sites && c0 < static_cast<int>(acc.c);
-  const bool lists_itself = p.shares.any();
+  const bool lists_itself = p.shares.any(), ahead = p.makers > 0;
   // The weights are no other kernel's output.
   Weights<T, kTaps> weights(p, c0, works);
   float bias[kVector] = {};
@@ -171,7 +171,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const ConvQuery query(p);
   OwnCandidates<kThreads, ConvQuery> own(query, p.shares, share);
   if (lists_itself) own.prepare();
-  if (!p.ahead) wait_for_inputs();
+  if (ahead)
+    p.list.wait_until_done(p.makers);
+  else
+    wait_for_inputs();
   // The block's candidates: those of its share, or every so many of the list.
   int size, first_entry = 0, listed_from = 0;
   if (lists_itself) {
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const auto acc_ld = static_cast<int>(acc.ld);
   const T* const x = static_cast<const T*>(p.x.data) + c0;
   T* const y_of_first = static_cast<T*>(acc.data) + c0;
-  if (p.ahead) wait_for_inputs();
+  if (ahead) wait_for_inputs();
 #pragma unroll 1
   for (int begin = first; begin < size; begin += stride) {
     const int entry = begin + team, site = next;

@@ -47,7 +47,7 @@ struct GemmParams {
   bool acc_aligned, residual_aligned;
   Shares shares;       // of the accumulator's sites, where the kernel finds the candidates itself
   CandidateList list;  // where it does not
-  bool ahead;          // the list is there before the kernel may start
+  int makers;          // blocks that make the list, perhaps still; 0: it is one of the inputs
   Divisor w, h;        // of the accumulator
   int sites;           // of the accumulator
 };

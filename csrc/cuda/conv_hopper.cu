@@ -136,7 +136,7 @@ HopperTiling::HopperTiling(const GemmParams& p)
 int conv_hopper_clusters(const GemmParams& p) {
   const HopperTiling tiling(p);
   if (p.shares.any()) return p.shares.count;
-  return p.ahead && !tiling.tall ? clusters_for(p, tiling) : tiling.clusters;
+  return p.makers > 0 && !tiling.tall ? clusters_for(p, tiling) : tiling.clusters;
 }
 
 Shares conv_hopper_shares(const GemmParams& p) {

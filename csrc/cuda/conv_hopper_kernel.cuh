@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       static_cast<const char*>(p.weight) +
       static_cast<int64_t>(first_column / kWeightRows) * steps * Traits::kBlockBytes;
   const int part_bits = 31 - __clz(parts), share = block >> part_bits, rank = block & (parts - 1);
-  const bool lists_itself = p.shares.any();
+  const bool lists_itself = p.shares.any(), ahead = p.makers > 0;
   // A step's weights into its stage.
   const auto load_weights = [&](int step, int to) {
     const uint32_t barrier = barrier_of(to);
@@ -109,7 +109,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
   const Query query(p);
   OwnCandidates<kThreads, Query> own(query, p.shares, share);
   if (lists_itself) own.prepare();
-  if (!p.ahead) wait_for_inputs();
+  if (ahead)
+    p.list.wait_until_done(p.makers);
+  else
+    wait_for_inputs();
 
   // The cluster's tiles are those of its share, or every so many of the list. In a list, a guess at
   // the first tile's sites is read along with their number.
@@ -137,7 +140,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
                                        rounds(workers) * static_cast<float>(steps));
   const int first_tile = split ? worker >> part_bits : worker;
   if (first_tile >= tiles) {
-    if (p.ahead) wait_for_inputs();
+    if (ahead) wait_for_inputs();
     // What was asked for must have come before the block's memory is another's.
     if (tid == 0)
       for (int step = own_step; step < early; ++step)
@@ -187,7 +190,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       gather.take(sites);
     else
       gather.take(rows);
-    if (first && p.ahead) wait_for_inputs();
+    if (first && ahead) wait_for_inputs();
     int next = first_step;
     // The next step of depth into stage `to`.
     const auto load = [&](int to) {

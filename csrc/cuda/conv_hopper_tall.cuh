@@ -153,7 +153,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       p.out.truncation.policy == Policy::none ? 0.f : *p.out.truncation.threshold;
   const int first_step = steps * rank >> part_bits, last_step = steps * (rank + 1) >> part_bits;
   TallGather<Traits> gather(p, first_step);
-  if (!p.ahead) wait_for_inputs();
+  const bool ahead = p.makers > 0;
+  if (ahead)
+    p.list.wait_until_done(p.makers);
+  else
+    wait_for_inputs();
 
   // The entry of this thread's row in the next tile whose rows it works out. The warp groups take
   // turns; the first two tiles' entries are read along with the number of all.
@@ -163,7 +167,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     entry = p.list.entry(first_entry + own_tile * kRows + own_row);
   const int size = p.list.last() - first_entry, tiles = (size + kRows - 1) / kRows;
   if (block >= tiles) {
-    if (p.ahead) wait_for_inputs();
+    if (ahead) wait_for_inputs();
     return;
   }
 
@@ -181,7 +185,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 
   int load_tile = block, load_slot = 0, load_step = first_step;
   gather.begin(rows[0]);
-  if (p.ahead) wait_for_inputs();
+  if (ahead) wait_for_inputs();
   const auto load = [&](int to) {
     if (!Traits::kSplit && load_step == last_step) {
       load_tile += blocks;

@@ -39,8 +39,11 @@ def a_list(n: int, h: int, w: int) -> tuple[Tensor, Tensor]:
 
 def check_list(memory: Tensor, counts: Tensor, expected: Tensor) -> None:
     """A list holds the sites of a mask, each once, and nothing else was written."""
+    n, h, w = expected.shape
     sites = expected.flatten().nonzero().flatten().tolist()
-    assert counts.tolist() == [len(sites), 0]
+    number, makers = counts.tolist()
+    assert number == len(sites)
+    assert makers == -(-n * h * -(-w // 8) // 256), "a block for 256 runs of 8 sites"
     assert sorted(memory[4 : 4 + len(sites)].tolist()) == sites
     assert (memory[4 + len(sites) : 4 + expected.numel()] == -7).all()
 
