@@ -52,16 +52,16 @@ def list_ahead(gm: fx.GraphModule, context: Context) -> int:
         free = next((i for i, (_, last) in enumerate(sets) if last < order[m]), None)
         if free is None:
             free = len(sets)
-            sets.append(([len(rooms) + i for i in range(1 + _MOST)], -1))
-            rooms += [0] * (1 + _MOST)
-        numbers = sets[free][0]
+            sets.append(([len(rooms)], -1))
+            rooms.append(0)
+        (number,) = sets[free][0]
         slot = plan.slots[plan.places[n.name].slot]
-        for number, node in zip(numbers, (n, *readers)):
+        for node in (n, *readers):
             node.meta[LIST] = number
             rooms[number] = max(rooms[number], list_room(slot.sites, slot.shape[0]))
         n.meta[FURTHER] = tuple(FurtherList(q, None, 1) for q in readers)
         m.meta[AHEAD] = n
-        sets[free] = (numbers, max(order[node] for node in (n, *readers)))
+        sets[free] = ([number], max(order[node] for node in (n, *readers)))
         count += 1 + len(readers)
     context.plan = dataclasses.replace(plan, lists=tuple(rooms))
     return count

@@ -16,6 +16,13 @@ __device__ __forceinline__ void add_to(int64_t* count, int more) {
   atomicAdd(reinterpret_cast<Count*>(count), static_cast<Count>(more));
 }
 
+// Each block of a kernel that makes lists says when it is done, in the counts[1] of each reader.
+__device__ __forceinline__ void add_done(int64_t* counts) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+  asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counts + 1) : "memory");
+#endif
+}
+
 // An op may have several parts, one after another: a part's candidates stand at [*begin, *end), and
 // its reader puts *end down in *next_begin.
 struct CandidateList {
@@ -28,13 +35,6 @@ struct CandidateList {
   // before left at these places, if the list is read before the reader's other inputs are there.
   __device__ int first() const { return begin != nullptr ? __ldcg(begin) : 0; }
   __device__ int entry(int i) const { return __ldcg(entries + i); }
-  // Of lists that several readers have: each block of the kernel that makes them says when it is
-  // done, in the op's counts[1].
-  __device__ void add_done() const {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
-    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(end + 1) : "memory");
-#endif
-  }
   // Waits for so many blocks, which must have begun; by all threads. Not for ever: a list that
   // nobody makes is no list.
   __device__ __forceinline__ void wait_until_done(int blocks) const {
@@ -254,11 +254,35 @@ struct FurtherLists {
 template <>
 struct FurtherLists<0> {};
 
+// Of a list that is read before all else that its readers wait for: operators besides the one whose
+// counts it ends in that have the same candidates.
+struct ListReaders {
+  static constexpr int kMost = 2;
+  bool any;                // false: nobody reads it before the kernel that makes it is done
+  int64_t* counts[kMost];  // null: none
+
+  __device__ void add(int found) const {
+    const int i = static_cast<int>(threadIdx.x) / 32 - 1;
+    if (threadIdx.x % 32 == 0 && i >= 0 && i < kMost && counts[i] != nullptr)
+      add_to(counts[i], found);
+  }
+  // Tells them that this block is done; by all threads, behind a barrier.
+  __device__ void tell(const CandidateList& list) const {
+    const int i = static_cast<int>(threadIdx.x) / 32 - 1;
+    if (!any || threadIdx.x % 32 != 0 || i >= kMost) return;
+    if (i < 0)
+      add_done(list.end);
+    else if (counts[i] != nullptr)
+      add_done(counts[i]);
+  }
+};
+
 // In each of the lists a block's sites stand together.
 template <class Query, int kFurther>
 __global__ void __launch_bounds__(kListThreads)
     list_kernel(const __grid_constant__ Query query, SiteRuns runs, CandidateList list,
-                const __grid_constant__ FurtherLists<kFurther> further) {
+                const __grid_constant__ FurtherLists<kFurther> further,
+                const __grid_constant__ ListReaders readers) {
   constexpr int kLists = 1 + kFurther;
   constexpr int kFlagsShift = 16;
   struct Run {
@@ -299,19 +323,21 @@ __global__ void __launch_bounds__(kListThreads)
     }
     return list;
   };
-  if (any == 0) {
+  const auto tell = [&] {
+    readers.tell(list);
     if constexpr (kFurther > 0) {
 #pragma unroll
-      for (int i = 0; i < kLists; ++i)
-        if (tid == 32 * i) list_number(i).add_done();
+      for (int i = 1; i < kLists; ++i)
+        if (tid == 0) add_done(list_number(i).end);
     }
-    return;
-  }
+  };
+  if (any == 0) return tell();
 #pragma unroll
   for (int i = 0; i < kLists; ++i)
     if (tid == 32 * i && total[i] > 0)
       begin[i] = static_cast<int>(atomicAdd(reinterpret_cast<Count*>(list_number(i).end),
                                             static_cast<Count>(total[i] & 0xffff)));
+  readers.add(total[0] & 0xffff);
   __syncthreads();
   // A thread for a site: one that put down a run would take as long as all else here.
   const int bit = tid % kFlags;
@@ -327,22 +353,19 @@ __global__ void __launch_bounds__(kListThreads)
       list_number(i).entries[begin[i] + before] = of.first + bit;
     }
   }
-  if constexpr (kFurther > 0) {
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kLists; ++i)
-      if (tid == 32 * i) list_number(i).add_done();
-  }
+  if (readers.any) __syncthreads();
+  tell();
 }
 
 // Appends the candidates of an op whose accumulator is `acc`, and those of further lists.
 template <class Query, int kFurther = 0>
 cudaError_t list_candidates(const Query& query, const FeatureMap& acc, const CandidateList& list,
-                            cudaStream_t stream, const FurtherLists<kFurther>& further = {}) {
+                            cudaStream_t stream, const FurtherLists<kFurther>& further = {},
+                            const ListReaders& readers = {}) {
   const SiteRuns runs(acc);
   const int blocks = list_blocks(runs);
   return launch(list_kernel<Query, kFurther>, {blocks, kListThreads}, stream, query, runs, list,
-                further);
+                further, readers);
 }
 
 }  // namespace deltafx::cuda

@@ -229,15 +229,26 @@ cudaError_t list_conv(const ConvListLaunch& l, cudaStream_t stream) {
   const ConvQuery query(l.x_mask, l.residual_mask, gemm_axis(g.y, false, phase_axis(g.y, false, 0)),
                         gemm_axis(g.x, false, phase_axis(g.x, false, 0)), streams);
   FurtherList lists[kFurtherLists];
+  ListReaders readers{true, {}};
+  int further = 0, same = 0;
   for (int i = 0; i < l.further; ++i) {
     const FurtherCandidates& other = l.others[i];
-    lists[i] = {other.mask, other.stride, list_in(other.memory, other.counts)};
+    if (other.memory == l.memory)
+      readers.counts[same++] = other.counts;
+    else
+      lists[further++] = {other.mask, other.stride, list_in(other.memory, other.counts)};
   }
   const CandidateList own = list_in(l.memory, l.counts);
-  static_assert(kFurtherLists == 2);
-  return l.further == 1
-             ? list_candidates(query, map, own, stream, FurtherLists<1>{{lists[0]}})
-             : list_candidates(query, map, own, stream, FurtherLists<2>{{lists[0], lists[1]}});
+  static_assert(kFurtherLists == 2 && ListReaders::kMost == 2);
+  switch (further) {
+    case 0:
+      return list_candidates(query, map, own, stream, {}, readers);
+    case 1:
+      return list_candidates(query, map, own, stream, FurtherLists<1>{{lists[0]}}, readers);
+    default:
+      return list_candidates(query, map, own, stream, FurtherLists<2>{{lists[0], lists[1]}},
+                             readers);
+  }
 }
 
 bool conv_bears_list(const ConvParams& c, double wider, bool ahead) {

@@ -75,7 +75,7 @@ int64_t conv_ints(int64_t sites, int64_t streams);
 struct FurtherCandidates {
   Mask mask;  // no data: none
   int stride;
-  int32_t* memory;  // conv_ints
+  int32_t* memory;  // conv_ints; the first one's: it reads the same list
   int64_t* counts;
 };
 constexpr int kFurtherLists = 2;  // at most

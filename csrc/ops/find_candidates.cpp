@@ -59,6 +59,8 @@ void find_candidates(const Tensor& memory, const Tensor& counts, const Tensor& x
              counts_of(its_counts, memory, "the counts of a further list")};
     TORCH_CHECK_VALUE(its_stride == 1 || its_stride == 2,
                       "deltafx: the stride of a further list is 1 or 2, not ", its_stride);
+    TORCH_CHECK_VALUE(!mask.has_value() || other.memory != launch.memory,
+                      "deltafx: a further list in the memory of the first has no mask");
     if (!mask.has_value()) return;
     other.mask = mask_alone(*mask, memory, "the mask of a further list");
     const auto fits = [&](int64_t in, int64_t out) { return (in - 1) / its_stride + 1 == out; };
