@@ -1,13 +1,14 @@
 """Calls that run beside others in a CUDA graph, arranged while the graph is captured.
 
-Enters: a lowered graph in which `run_beside` has marked calls. Leaves: the captured graph with a
-fork before each of them and a join before the first call that touches what it writes, at the latest
-at the end:
+Enters: a lowered graph in which `run_beside` and `list_ahead` have marked calls. Leaves: the
+captured graph with a fork before each of them and a join before the first call that touches what it
+writes, at the latest at the end:
 
-    a -> b -> c -> e                a -> b -> c -> e -> ...
-    (d behind c, in a row)           `-> d ------'
+    a -> d -> b -> c -> e           a -> b -> c -> e -> ...
+    (d marked)                       `-> d ------'
 
-One stream captures all of it; it is told what the next launch depends on.
+One stream captures all of it; it is told what the next launch depends on. `d` is launched behind
+`b` though it depends on `a` alone: what others wait for in turn begins first.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class BesideInterpreter(fx.Interpreter):
         self._here = here
         self._calls = 0
         self._after = after
+        self._waiting: list[tuple[fx.Node, Any, Point]] = []  # with arguments, and where it begins
         self._ends: dict[str, Point] = {}  # by the attributes that are written until then
 
     @override
@@ -68,29 +70,45 @@ class BesideInterpreter(fx.Interpreter):
         returned = super().run(*args, **options)
         if self._after is not None and self._calls < self._after[0]:
             self._after[1]()
+        self._run_waiting()
         self._join(set(self._ends))
         return returned
 
     @override
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function":
-            self._join({str(a.target) for a in n.all_input_nodes if a.op == "get_attr"})
-        if BESIDE not in n.meta:
-            if n.op == "call_function":
-                self._before = self._here()
-            returned = super().run_node(n)
+        if n.op != "call_function":
+            return super().run_node(n)
+        touched = {str(a.target) for a in n.all_input_nodes if a.op == "get_attr"}
+        if any(touched.intersection(_written(waiting)) for waiting, _, _ in self._waiting):
+            self._run_waiting()
+        self._join(touched)
+        if BESIDE in n.meta:
+            self._waiting.append((n, self.fetch_args_kwargs_from_env(n), self._here()))
+            returned = None
         else:
-            begin = self._here()
-            if "behind" in n.meta:
-                self._before.go_back()
-            returned = super().run_node(n)
-            self._ends |= dict.fromkeys(_written(n), self._here())
-            begin.go_back()
-            self.count += 1
-        self._calls += n.op == "call_function"
-        if n.op == "call_function" and self._after is not None and self._calls == self._after[0]:
+            returned = self.launch(n, *self.fetch_args_kwargs_from_env(n))
+            self._run_waiting()
+        self._calls += 1
+        if self._after is not None and self._calls == self._after[0]:
             self._after[1]()
         return returned
+
+    def launch(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """Calls what a node calls, with these arguments."""
+        return self.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+
+    def _run_waiting(self) -> None:
+        """Runs what is to run beside others, each from where it begins; then goes on from here."""
+        if not self._waiting:
+            return
+        here = self._here()
+        for node, arguments, begin in self._waiting:
+            begin.go_back()
+            self.launch(node, *arguments)
+            self._ends |= dict.fromkeys(_written(node), self._here())
+            self.count += 1
+        here.go_back()
+        self._waiting = []
 
     def _join(self, names: set[str]) -> None:
         """Waits for whatever writes into one of these attributes."""

@@ -48,7 +48,7 @@ PIPELINE: tuple[tuple[Pass, str], ...] = (
     (fuse_separables, "raised"),  # must run last: both convolutions have all that they take
     (assign_regions, "assigned"),
     (plan_state, "planned"),
-    (run_beside, "planned"),  # must run before share_lists: these take no part in it
+    (run_beside, "planned"),  # must run before those on lists: these take no part in them
     (list_ahead, "planned"),
     (share_lists, "planned"),
 )

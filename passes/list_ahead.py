@@ -1,127 +1,156 @@
-"""list_ahead: the candidates of several convolutions are found beside the one before them.
+"""list_ahead: the candidates of a block's convolutions are found beside the first of them.
 
-Enters: the planned graph. Leaves: the same calls; of some convolutions `meta` says that their
-candidates are found ahead of them, and the plan has lists for that.
+Enters: the planned graph. Leaves: the same calls; of some convolutions `meta` says what is found
+beside them, and which list others read; the plan has these lists.
 
-    m = conv2d(x=r, weight=1x1)                 beside it: the windows of n that touch an active site of r
-    n = conv2d(x=m, weight=3x3)                 takes that list
-    q = conv2d(x=n, weight=1x1, residual=r)     and so do these, before n is done
-    s = conv2d(x=q, weight=1x1)
+    m = conv2d(x=r, weight=1x1)                beside it: the windows of n that touch active sites of r
+    n = conv2d(x=m, weight=3x3)                reads that list,
+    o = conv2d(x=n, weight=1x1, residual=r)    and so do these two
+    p = conv2d(x=o, weight=1x1)
 
-No site of `m` is active where none of `r` is, so the list holds all candidates of `n`, and of those
-that read it site by site. It may hold more, where some of these were truncated: sites that are
-computed and found unchanged. CUDA only.
+No site of `m` is active where none of `r` is, none of `n` that is not in the list, and so on: the
+list holds all of their candidates. It is there before `m` is done, so whoever reads it knows its
+sites before its inputs are there. It may hold more than the candidates, where something was
+truncated: sites that are computed and found unchanged. CUDA only.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter
 from typing import Any
 
 from torch import fx
 
-from deltafx.ops.base import constant
 from deltafx.ops.conv2d import conv2d
 from deltafx.ops.encode import encode
 from deltafx.passes.context import Context
-from deltafx.passes.run_beside import BESIDE
-from deltafx.passes.share_lists import FURTHER, LIST, FurtherList, _is_ours, _window, bears_list
+from deltafx.passes.share_lists import LIST, bears_list, is_ours, kept_after, window_of
 from deltafx.state import StatePlan, list_room
 
 AHEAD = "ahead"
+"""In `meta` of a convolution: the `ListAhead` that is found beside it."""
 
-_MOST = 2
+_MOST = 2  # readers besides the first, as in csrc/cuda/candidates.cuh
+
+
+@dataclasses.dataclass(frozen=True)
+class ListAhead:
+    """A list that is made beside the convolution before those that read it.
+
+    Attributes:
+        source: Whose active sites the windows of the first reader are to touch.
+        readers: The convolutions that read it, in order.
+    """
+
+    source: fx.Node
+    readers: tuple[fx.Node, ...]
 
 
 def list_ahead(gm: fx.GraphModule, context: Context) -> int:
+    """Finds them; returns how many convolutions read such a list."""
     plan: StatePlan = context.plan
-    if not plan.lists or os.environ.get("DX_AHEAD") == "0":
+    if not plan.lists:
         return 0
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    owners = Counter(place.slot for place in plan.places.values())
     rooms = list(plan.lists)
-    sets: list[tuple[list[int], int]] = []  # lists, and the order of the last that reads them
+    read_until: dict[int, int] = {}  # by list: where its last reader stands
     count = 0
-    for m in gm.graph.nodes:
-        found = _group(m, order, plan, owners)
+    for node in gm.graph.nodes:
+        found = _found_beside(node, order, plan)
         if found is None:
             continue
-        n, readers = found
-        free = next((i for i, (_, last) in enumerate(sets) if last < order[m]), None)
-        if free is None:
-            free = len(sets)
-            sets.append(([len(rooms)], -1))
+        # A list that `node` itself may still be reading is not made anew beside it.
+        free = (number for number, last in read_until.items() if last < order[node])
+        number = next(free, len(rooms))
+        if number == len(rooms):
             rooms.append(0)
-        (number,) = sets[free][0]
-        slot = plan.slots[plan.places[n.name].slot]
-        for node in (n, *readers):
-            node.meta[LIST] = number
-            rooms[number] = max(rooms[number], list_room(slot.sites, slot.shape[0]))
-        n.meta[FURTHER] = tuple(FurtherList(q, None, 1) for q in readers)
-        m.meta[AHEAD] = n
-        sets[free] = ([number], max(order[node] for node in (n, *readers)))
-        count += 1 + len(readers)
+        first = found.readers[0]
+        slot = plan.slots[plan.places[first.name].slot]
+        rooms[number] = max(rooms[number], list_room(slot.sites, slot.shape[0]))
+        for reader in found.readers:
+            reader.meta[LIST] = number
+        read_until[number] = max(order[reader] for reader in found.readers)
+        node.meta[AHEAD] = found
+        count += len(found.readers)
     context.plan = dataclasses.replace(plan, lists=tuple(rooms))
     return count
 
 
-def _plain(node: fx.Node) -> bool:
-    """Pointwise, and nothing but its input makes a site a candidate."""
-    kernel, _, padding, _ = _window(node)
-    return kernel == [1, 1] and padding == [0, 0] and node.kwargs.get("residual") is None
+def _found_beside(node: fx.Node, order: dict[fx.Node, int], plan: StatePlan) -> ListAhead | None:
+    """What can be found beside a convolution, and should be."""
+    if not is_ours(node) or not _is_site_by_site(node) or node.kwargs.get("residual") is not None:
+        return None
+    source: Any = node.kwargs["x"]
+    # The frame's own comparison has nothing before it that something could run beside.
+    if not source.meta.get("delta") or source.target is encode or not _is_alone(source, plan):
+        return None
+    behind = [n for n in node.users if is_ours(n) and LIST not in n.meta]
+    if len(behind) != 1:
+        return None
+    first = behind[0]
+    if first.kwargs.get("residual") is not None or max(window_of(first).kernel) == 1:
+        return None
+    readers = _readers(first, source, order, plan)
+    if len(readers) == 1 or not bears_list(first, plan, kept_after(node), ahead=True):
+        return None
+    # What is not truncated is active wherever it is computed: then nobody else may read it.
+    if not first.meta["truncates"] and set(first.users) != {readers[1]}:
+        return None
+    return ListAhead(source, readers)
 
 
-def _group(m: fx.Node, order: Any, plan: StatePlan, owners: Any) -> Any:
-    if not _is_ours(m) or not _plain(m) or _window(m)[1] != [1, 1]:
-        return None
-    r: Any = m.kwargs["x"]
-    if r.op == "placeholder" or r.target is encode or not r.meta.get("delta"):
-        return None
-    if plan.places[r.name].slot != r.name or owners[r.name] > 1:
-        return None
-    after = [u for u in m.users if _is_ours(u) and u.kwargs["x"] is m and u.kwargs.get("residual") is None]
-    if len(after) != 1 or LIST in after[0].meta:
-        return None
-    n = after[0]
-    kernel, stride, padding, dilation = _window(n)
-    dw = n.kwargs.get("groups", 1) > 1 and os.environ.get("DX_DW") == "1"
-    if max(kernel) == 1 or not (n.meta["truncates"] or dw):
-        return None
-    if not dw and not bears_list(n, plan, 0.25, True):
-        return None
-    centred = all(p % d == 0 and p // d < k for p, d, k in zip(padding, dilation, kernel))
-    reach = max((k - 1) * d / (2 * s) for k, s, d in zip(kernel, stride, dilation, strict=True))
-    wider = max(0.25, 0.7 * reach)
+def _readers(
+    first: fx.Node, source: fx.Node, order: dict[fx.Node, int], plan: StatePlan
+) -> tuple[fx.Node, ...]:
+    """A convolution, and those behind it that can read the same list, and should."""
+    wider = kept_after(first)
+    readers = [first]
+    while len(readers) <= _MOST:
+        last = readers[-1]
 
-    def within(node: Any) -> bool:
-        if node in inside:
-            return True
-        if not centred:
-            return False
-        if node is r and stride == [1, 1]:
-            return True
-        return (
-            node.target is conv2d and node.meta.get("delta") and node.kwargs["x"] is r
-            and _plain(node) and _window(node)[1] == stride
-        )
+        def reads(node: fx.Node, last: fx.Node = last) -> bool:
+            if not is_ours(node) or LIST in node.meta or node.kwargs["x"] is not last:
+                return False
+            residual: Any = node.kwargs.get("residual")
+            inside = residual is None or residual in readers or _within(residual, first, source)
+            return inside and _is_site_by_site(node) and node.meta["truncates"]
 
-    inside = {n}
-    readers: list[fx.Node] = []
-    most = int(os.environ.get("DX_MOST", _MOST))
-    at = n
-    while len(readers) < most:
-        nexts = [u for u in at.users if _is_ours(u) and u.kwargs["x"] is at and LIST not in u.meta]
-        nexts = [u for u in nexts if _window(u)[0] == [1, 1] and _window(u)[2] == [0, 0] and _window(u)[1] == [1, 1]]
-        nexts = [u for u in nexts if u.kwargs.get("residual") is None or within(u.kwargs["residual"])]
-        nexts = [u for u in nexts if u.meta["truncates"] and bears_list(u, plan, wider, True)]
-        if not nexts:
+        behind = [n for n in last.users if reads(n) and bears_list(n, plan, wider, ahead=True)]
+        if not behind:
             break
-        at = min(nexts, key=order.__getitem__)
-        inside.add(at)
-        readers.append(at)
-    return (n, readers) if readers else None
+        readers.append(min(behind, key=order.__getitem__))
+    return tuple(readers)
 
 
-__all__ = ["AHEAD", "list_ahead"]
+def _within(node: fx.Node, first: fx.Node, source: fx.Node) -> bool:
+    """Whether a node's active sites are among the windows of `first` that touch one of `source`.
+
+    So it is for `source`, and for a convolution that reads just the middle of these windows.
+    """
+    window = window_of(first)
+    middles = zip(window.kernel, window.padding, window.dilation, strict=True)
+    if any(p % d != 0 or p // d >= k for k, p, d in middles):
+        return False
+    if node is source:
+        return window.stride == [1, 1]
+    if node.target is not conv2d or not node.meta.get("delta") or node.kwargs["x"] is not source:
+        return False
+    its = window_of(node)
+    return (its.kernel, its.padding, its.stride) == ([1, 1], [0, 0], window.stride) and (
+        node.kwargs.get("residual") is None
+    )
+
+
+def _is_site_by_site(node: fx.Node) -> bool:
+    window = window_of(node)
+    return (window.kernel, window.padding, window.stride) == ([1, 1], [0, 0], [1, 1])
+
+
+def _is_alone(node: fx.Node, plan: StatePlan) -> bool:
+    """Whether nobody else writes into a node's update mask."""
+    owners = Counter(place.slot for place in plan.places.values())
+    return plan.places[node.name].slot == node.name and owners[node.name] == 1
+
+
+__all__ = ["AHEAD", "ListAhead", "list_ahead"]

@@ -6,15 +6,15 @@ Enters: the planned graph. Leaves: a new graph over the attributes of a state an
     deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, const_n_weight, ..., threshold_n)
 
 Where `share_lists` found several convolutions whose candidates are found at once, that is a call
-before the first of them. The calls of those that run beside others are marked as `run_beside` has
-them. The masks are cleared first. Dense calls read accumulators as ordinary
-tensors. What leaves the graph is copied where it is, or may show, an accumulator: the next frame
-must not change it.
+before the first of them; what `list_ahead` wants found beside a convolution is a call before that.
+The calls that run beside others are marked as `run_beside` has them. The masks are cleared first.
+Dense calls read accumulators as ordinary tensors. What leaves the graph is copied where it is, or
+may show, an accumulator: the next frame must not change it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from deltafx.ops.views import slice_channels
 from deltafx.passes.context import Context
 from deltafx.passes.list_ahead import AHEAD
 from deltafx.passes.run_beside import BESIDE
-from deltafx.passes.share_lists import FURTHER, LIST
+from deltafx.passes.share_lists import FURTHER, LIST, FurtherList, window_of
 from deltafx.state import (
     COUNTS,
     MASKS,
@@ -129,6 +129,8 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
         "policy": lowering.policy,
         "memory": None,
         "listed": LIST in node.meta,
+        # What is found beside it counts on its active sites being among those of its input.
+        "filtered": LIST in node.meta and AHEAD in node.meta,
     }
     if lowering.plan.lists:
         number = node.meta.get(LIST, node.meta.get(BESIDE, 0))
@@ -139,46 +141,41 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
     if op.workspace is not None:
         own |= {k: lowering.attribute(f"{k}_{node.name}") for k in op.workspace(node)}
     own |= _given(lowering, node, op)
-    import os
-
-    behind = os.environ.get("DX_ORDER") == "1"
-    if AHEAD in node.meta and not behind:
-        n = node.meta[AHEAD]
-        other = {
-            "memory": lowering.attribute(list_name(n.meta[LIST])),
-            "counts": lowering.attribute(counts_name(n.name)),
-            **_given(lowering, n, delta_op(n)),
-            "x_mask": lowering.mask(node.kwargs["x"]),
-        }
-        n.meta["found"] = True
-        _find_candidates(lowering, n, other).meta |= {BESIDE: n.meta[LIST], "lowered_from": n.name}
-    if FURTHER in node.meta and "found" not in node.meta:
-        _find_candidates(lowering, node, own)
+    if AHEAD in node.meta:
+        first, *others = node.meta[AHEAD].readers
+        further = tuple(FurtherList(other, None, 1) for other in others)
+        find = _find_candidates(lowering, first, node.meta[AHEAD].source, further)
+        find.meta[BESIDE] = first.meta[LIST]
+    if FURTHER in node.meta:
+        _find_candidates(lowering, node, node.kwargs["x"], node.meta[FURTHER])
     schema = op.operator._schema
     args = [own[a.name] if a.name in own else _absent(a) for a in schema.arguments]
     lowered = lowering.graph.call_function(op.operator, tuple(args))
     lowered.meta["lowered_from"] = node.name
     if BESIDE in node.meta:
         lowered.meta[BESIDE] = node.meta[BESIDE]
-    if AHEAD in node.meta and behind:
-        n = node.meta[AHEAD]
-        other = {
-            "memory": lowering.attribute(list_name(n.meta[LIST])),
-            "counts": lowering.attribute(counts_name(n.name)),
-            **_given(lowering, n, delta_op(n)),
-            "x_mask": lowering.mask(node.kwargs["x"]),
-        }
-        n.meta["found"] = True
-        _find_candidates(lowering, n, other).meta |= {BESIDE: n.meta[LIST], "lowered_from": n.name, "behind": 1}
 
 
-def _find_candidates(lowering: _Lowering, node: fx.Node, given: dict[str, Any]) -> fx.Node:
-    """The call that lists the candidates of a convolution and of those behind it."""
-    names = (
-        "memory", "counts", "x_mask", "residual_mask", "kernel", "stride", "padding", "dilation"
-    )  # fmt: skip
-    args: list[Any] = [given.get(name, _ABSENT.get(name)) for name in names]
-    for further in node.meta[FURTHER]:
+def _find_candidates(
+    lowering: _Lowering, node: fx.Node, source: fx.Node, further_lists: Sequence[FurtherList]
+) -> fx.Node:
+    """The call that lists the candidates of a convolution and of those behind it.
+
+    Args:
+        lowering: The new graph.
+        node: The convolution.
+        source: Whose active sites its windows are to touch.
+        further_lists: Those that are made along.
+    """
+    window, residual = window_of(node), node.kwargs.get("residual")
+    args: list[Any] = [
+        lowering.attribute(list_name(node.meta[LIST])),
+        lowering.attribute(counts_name(node.name)),
+        lowering.mask(source),
+        None if residual is None else lowering.mask(residual),
+        *window,
+    ]
+    for further in further_lists:
         args += [
             lowering.attribute(list_name(further.node.meta[LIST])),
             lowering.attribute(counts_name(further.node.name)),

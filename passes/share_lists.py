@@ -16,7 +16,7 @@ themselves. CUDA only.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -59,7 +59,7 @@ def share_lists(gm: fx.GraphModule, context: Context) -> int:
     first = len(rooms)
     taken_until, count = -1, 0
     for node in gm.graph.nodes:
-        if not _is_ours(node) or LIST in node.meta or order[node] <= taken_until:
+        if not is_ours(node) or LIST in node.meta or order[node] <= taken_until:
             continue
         found = _further(node, order, plan)
         if not found:
@@ -82,11 +82,13 @@ def bears_list(node: fx.Node, plan: StatePlan, wider: float, ahead: bool = False
         node: The call of `conv2d`.
         plan: Where its maps lie.
         wider: On how many sites more on each side of what changed.
+        ahead: Whether that list is there early, which is a reason for those to go by it that
+            otherwise go by none.
     """
     if node.kwargs.get("pre_scale") is not None:
         return False  # no kernel for Hopper takes it, and others were not timed
     residual: Any = node.kwargs.get("residual")
-    kernel, stride, padding, dilation = _window(node)
+    kernel, stride, padding, dilation = window_of(node)
     return torch.ops.deltafx.conv2d_bears_list(
         _map(node, plan),
         _map(node.kwargs["x"], plan),
@@ -99,10 +101,7 @@ def _further(node: fx.Node, order: dict[fx.Node, int], plan: StatePlan) -> tuple
     """The lists that can be made along with that of a convolution, and should be."""
     if not _any_left(node, order) or not bears_list(node, plan, 0):
         return ()
-    # So many of the sites that a window adds around what changed are truncated: ResNet-50 at 0.1.
-    kernel, stride, _, dilation = _window(node)
-    reach = max((k - 1) * d / (2 * s) for k, s, d in zip(kernel, stride, dilation, strict=True))
-    wider = max(0.25, 0.7 * reach) if node.meta["truncates"] else 0.0
+    wider = kept_after(node)
     within = {node}  # nodes whose active sites are among the candidates of `node`
     found: list[FurtherList] = []
     left = _readers(node, order)
@@ -114,7 +113,7 @@ def _further(node: fx.Node, order: dict[fx.Node, int], plan: StatePlan) -> tuple
             continue
         if not outside:
             within.add(reader)
-            left |= {n for n in reader.users if _is_ours(n)}
+            left |= {n for n in reader.users if is_ours(n)}
         more = 0.0 if _is_sibling(reader, node) else wider
         # What is not truncated passes further candidates on to whoever reads it.
         if LIST in reader.meta or (more > 0 and not reader.meta["truncates"]):
@@ -122,6 +121,16 @@ def _further(node: fx.Node, order: dict[fx.Node, int], plan: StatePlan) -> tuple
         if bears_list(reader, plan, more):
             found.append(FurtherList(reader, *(outside[0] if outside else (None, 1))))
     return tuple(found)
+
+
+def kept_after(node: fx.Node) -> float:
+    """How far, in sites on each side, the candidates of a convolution lie beyond what is active."""
+    if not node.meta["truncates"]:
+        return 0.0
+    # So many of the sites that a window adds around what changed are truncated: ResNet-50 at 0.1.
+    kernel, stride, _, dilation = window_of(node)
+    reach = max((k - 1) * d / (2 * s) for k, s, d in zip(kernel, stride, dilation, strict=True))
+    return max(0.25, 0.7 * reach)
 
 
 def _any_left(node: fx.Node, order: dict[fx.Node, int]) -> bool:
@@ -132,7 +141,7 @@ def _any_left(node: fx.Node, order: dict[fx.Node, int]) -> bool:
 def _readers(node: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node]:
     """The convolutions behind a node that read it, or what it reads."""
     x: Any = node.kwargs["x"]
-    return {n for n in (*node.users, *x.users) if _is_ours(n) and order[n] > order[node]}
+    return {n for n in (*node.users, *x.users) if is_ours(n) and order[n] > order[node]}
 
 
 def _outside(
@@ -143,7 +152,7 @@ def _outside(
     `None`, if these are more than one, or not a matter of single sites.
     """
     outside: list[tuple[Any, int]] = []
-    kernel, stride, padding, _ = _window(reader)
+    kernel, stride, padding, _ = window_of(reader)
     x, residual = reader.kwargs["x"], reader.kwargs.get("residual")
     if not _is_sibling(reader, node):
         if tuple(kernel) != (1, 1) or tuple(padding) != (0, 0):
@@ -163,20 +172,30 @@ def _is_sibling(reader: fx.Node, node: fx.Node) -> bool:
 
     Then their candidates are the same, but for the residual of the second.
     """
-    same = reader.kwargs["x"] is node.kwargs["x"] and _window(reader) == _window(node)
+    same = reader.kwargs["x"] is node.kwargs["x"] and window_of(reader) == window_of(node)
     return same and node.kwargs.get("residual") is None
 
 
-def _is_ours(node: fx.Node) -> bool:
+def is_ours(node: fx.Node) -> bool:
+    """Whether a node is a convolution on the state that runs in its row."""
     return node.target is conv2d and bool(node.meta.get("delta")) and BESIDE not in node.meta
 
 
-def _window(node: fx.Node) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Kernel, stride, padding and dilation."""
+class Window(NamedTuple):
+    """Of a convolution, in y and x."""
+
+    kernel: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+
+
+def window_of(node: fx.Node) -> Window:
+    """The window of a convolution."""
     weight = constant(node.kwargs["weight"])
     assert weight is not None
     given: dict[str, Any] = node.kwargs
-    return (
+    return Window(
         list(weight.shape[2:]),
         list(given.get("stride", (1, 1))),
         list(given.get("padding", (0, 0))),
@@ -193,4 +212,7 @@ def _map(node: fx.Node, plan: StatePlan) -> Tensor:
     return whole[:, place.start : place.start + place.channels]
 
 
-__all__ = ["FURTHER", "LIST", "FurtherList", "bears_list", "share_lists"]
+__all__ = [
+    "FURTHER", "LIST", "FurtherList", "bears_list", "is_ours", "kept_after", "share_lists",
+    "window_of",
+]  # fmt: skip

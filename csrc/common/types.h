@@ -67,8 +67,8 @@ struct Truncation {
 
 // What every delta op writes. counts[0] is the number of candidates, and on the CPU counts[1] the
 // number of sites this op made active, both of this frame; they are cleared with the masks, and
-// count up from 0. On CUDA counts[1] stays 0, for every kernel would wait for that count at its
-// end: there the mask tells.
+// count up from 0. On CUDA the mask tells what is active, for every kernel would wait for that
+// count at its end; counts[1] is how many blocks of a kernel that makes the op's list are done.
 struct Output {
   FeatureMap acc;
   Mask mask;

@@ -206,6 +206,7 @@ cudaError_t conv(const ConvLaunch& launched, cudaStream_t stream) {
     p.windows = query.windows_of_shares();
     const bool may_list = !launched.listed && parts == 1 && streams == nullptr;
     p.shares = may_list ? shares_of(p, launched) : Shares{};
+    p.filtered = launched.filtered;
     p.makers = launched.listed ? list_blocks(SiteRuns(c.out.acc)) : 0;
     cudaError_t error = cudaSuccess;
     if (!p.shares.any() && !launched.listed)
@@ -252,9 +253,12 @@ cudaError_t list_conv(const ConvListLaunch& l, cudaStream_t stream) {
 }
 
 bool conv_bears_list(const ConvParams& c, double wider, bool ahead) {
-  const ConvLaunch launch{c, nullptr, true, false, nullptr, false};
+  const ConvLaunch launch{c, nullptr, true, false, nullptr, false, false};
   GemmParams p = params_of(c);
   set_phase(p, c.geometry, conv_phases(c.geometry, c.out.acc.dtype)[0]);
+  // As timed on an H100: a depthwise one takes about the same time for some sites more.
+  if (ahead && takes_depthwise(p, c.geometry))
+    return current_device().capability == 90 && c.out.acc.dtype != DType::f32;
   return on_hopper(p, launch) && (ahead || !shares_of(p, launch).any()) &&
          conv_hopper_bears(p, wider);
 }

@@ -65,6 +65,7 @@ struct ConvLaunch {
   bool plain;          // matrix products without what is new in Ampere, as on older GPUs
   int32_t* memory;     // conv_ints
   bool listed;         // list_conv leaves the candidates there
+  bool filtered;       // with others: of the list, those where x is active; of 1x1 alone
 };
 cudaError_t conv(const ConvLaunch& launch, cudaStream_t stream);
 // Of the memory of a convolution with so many output sites.

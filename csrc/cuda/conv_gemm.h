@@ -48,6 +48,7 @@ struct GemmParams {
   Shares shares;       // of the accumulator's sites, where the kernel finds the candidates itself
   CandidateList list;  // where it does not
   int makers;          // blocks that make the list, perhaps still; 0: it is one of the inputs
+  bool filtered;       // of the list, those sites are candidates where x, of that size, is active
   Divisor w, h;        // of the accumulator
   int sites;           // of the accumulator
 };

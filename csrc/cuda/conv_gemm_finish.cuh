@@ -104,6 +104,7 @@ class GemmFinish {
       const bool inside = row < rows_.count;
       row_[b] = inside ? rows_.first + row : -1;
       site_[b] = inside ? tile_[rows_.first + row].site : -1;
+      if (p_.filtered && site_[b] >= 0 && p_.x_mask.data[site_[b]] == 0) site_[b] = -1;
       if (site_[b] < 0 || rule_.count <= 0) continue;
       if (rule_.policy != Policy::none) load_packet(acc_at(site_[b]), p_.acc_aligned, old_[b]);
       if (p_.residual.data != nullptr)

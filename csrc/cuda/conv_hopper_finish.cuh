@@ -52,16 +52,20 @@ struct ColumnConstants {
 };
 
 // Sixteen channels of a site, [c, c + 8) and [c + 32, c + 40): what a thread finishes at a time.
-template <class T>
+// kMayFilter: whether lists may be filtered.
+template <class T, bool kMayFilter>
 struct SiteUnit {
   int site;  // -1: none
   uint4 old[2], residual[2];
+  uint8_t active;  // of a filtered list: whether the site is a candidate
 
   // Starts reading what the sums will be compared with and added to.
   __device__ __forceinline__ void fetch(const GemmParams& p, int own_site, int c) {
     site = own_site;
     const auto* acc = at(p.out.acc, c);
     const auto* more = at(p.residual, c);
+    active = 1;
+    if (kMayFilter && p.filtered && site >= 0) active = p.x_mask.data[site];
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
       if (site < 0 || c + 32 * q >= static_cast<int>(p.out.acc.c)) continue;
@@ -158,7 +162,7 @@ struct SiteUnit {
     } else if (policy != Policy::none) {
       changed = any_in_group<4>(beyond);
     }
-    if (!changed || site < 0 || group >= channels) return false;
+    if (!changed || site < 0 || (kMayFilter && active == 0) || group >= channels) return false;
     T* acc = at(p.out.acc, c);
 #pragma unroll
     for (int q = 0; q < 2; ++q)

@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
 #pragma unroll(Traits::kPoints ? kStages - 1 : 1)
     for (int i = 0; i < kStages - 1; ++i) load(wrap(stage + i));
 
-    SiteUnit<T> unit;
+    SiteUnit<T, !Traits::kImage> unit;
     // By whole warps.
     const bool finishes = tid < own_units && own_row - (lane / 4 << row_bits) < count;
     if (finishes) unit.fetch(p, sites[own_row], c);

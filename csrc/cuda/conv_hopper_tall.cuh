@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
     // The rows of the tile after the next: of the warp groups, the one whose turn it is.
     if (tile + 2 * blocks < tiles && tid / kRows == slot % 2) make_rows((slot + 2) % kTiles);
     constexpr int kFetched = Traits::kSplit ? 1 : kUnits;
-    SiteUnit<T> units[kFetched];
+    SiteUnit<T, true> units[kFetched];
     const int split_unit = rank * own_units + tid;  // which unit of the tile this thread finishes
     const int split_row =
         split_unit % 256 / 128 * 64 + split_unit % 128 / 32 * 16 + lane / 4 + split_unit / 256 * 8;
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerMultiproce
       if (lane % 4 == 0 && tile + blocks < tiles) {
 #pragma unroll
         for (int k = 0; k < kUnits; ++k)
-          SiteUnit<T>::prefetch(p, sites[(slot + 1) % kTiles][unit_row + 8 * k], c);
+          SiteUnit<T, true>::prefetch(p, sites[(slot + 1) % kTiles][unit_row + 8 * k], c);
       }
     }
 

@@ -19,7 +19,7 @@ void conv2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
             bool residual_after_act, c10::string_view act, at::ArrayRef<double> act_params,
             const OptionalTensor& act_weight, const OptionalTensor& inv_scale,
             const OptionalTensor& threshold, c10::string_view policy, const OptionalTensor& memory,
-            bool listed) {
+            bool listed, bool filtered) {
   const Window wy = window_of(kernel, stride, padding, dilation, 0);
   const Window wx = window_of(kernel, stride, padding, dilation, 1);
   ConvParams p =
@@ -34,7 +34,10 @@ void conv2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
   p.pre_scale = floats_of(pre_scale, p.x.c, acc, "pre_scale");
   p.pre_shift = floats_of(pre_shift, p.x.c, acc, "pre_shift");
   p.pre_act = activation_of(pre_act, {}, {}, p.x.c);
-  run_conv(p, weight, acc, {kPlain, memory, listed});
+  TORCH_CHECK_VALUE(!filtered || (listed && p.x.h == p.out.acc.h && p.x.w == p.out.acc.w &&
+                                  wy.kernel == 1 && wx.kernel == 1 && !residual.has_value()),
+                    "deltafx: a list is filtered for 1x1 convolutions without residual alone");
+  run_conv(p, weight, acc, {kPlain, memory, listed, filtered});
 }
 
 // The schemas say what `weight` of conv2d and conv_transpose2d is only by this operator: packed for
@@ -71,9 +74,11 @@ Tensor pack_conv_weight_op(const Tensor& weight, at::IntArrayRef stride, at::Int
   "Tensor x, Tensor x_mask, Tensor weight, Tensor? bias, Tensor? residual, "                  \
   "Tensor? residual_mask, Tensor? pre_scale, Tensor? pre_shift, str pre_act, int[2] kernel, " \
   "int[2] stride, int[2] padding, int[2] dilation, int groups, bool "                         \
-  "residual_after_act, " DELTAFX_ACTIVATION DELTAFX_RULE ", bool listed=False) -> ()"
+  "residual_after_act, " DELTAFX_ACTIVATION DELTAFX_RULE                                      \
+  ", bool listed=False, bool filtered=False) -> ()"
 
 // listed: `memory` holds the candidates and counts[0] their number, as find_candidates left them.
+// filtered: the list has more sites than that; candidates are those where x is active.
 // conv2d.plain runs on any GPU what conv2d does on those before Ampere.
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def("conv2d" CONV2D_ARGUMENTS, {at::Tag::pt2_compliant_tag});

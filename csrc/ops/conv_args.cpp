@@ -65,9 +65,9 @@ void run_conv_on_cuda(const ConvParams& p, const Tensor& weight, const Tensor& a
   const bool allow_tf32 = at::globalContext().allowTF32CuDNN();
   run_on_cuda(acc, running.memory, cuda::conv_ints(p.out.acc.sites(), p.out.acc.n),
               [&](int32_t* memory, cudaStream_t stream) {
-                return cuda::conv(
-                    {p, weight.const_data_ptr(), allow_tf32, running.plain, memory, running.listed},
-                    stream);
+                return cuda::conv({p, weight.const_data_ptr(), allow_tf32, running.plain, memory,
+                                   running.listed, running.filtered},
+                                  stream);
               });
 }
 

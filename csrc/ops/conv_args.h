@@ -37,6 +37,7 @@ struct ConvRunning {
   bool plain = false;     // by the kernel of GPUs before Ampere on any GPU
   OptionalTensor memory;  // see schema.h
   bool listed = false;    // its candidates are in `memory`, and their number in its counts
+  bool filtered = false;  // with others, see conv2d.cpp
 };
 // Runs it with a weight that was packed for the device of `acc`. fp32 on CUDA rounds its operands
 // to tf32 where torch.backends.cudnn.allow_tf32 lets the dense convolution do so.

@@ -68,7 +68,7 @@ def captured(model: deltafx.DeltaModule) -> FrameGraph:
 
 
 def marked(model: deltafx.DeltaModule) -> list[str]:
-    return [n.meta["lowered_from"] for n in model.graph.nodes if BESIDE in n.meta]
+    return [n.name for n in model.graph.nodes if BESIDE in n.meta]
 
 
 def counts(model: deltafx.DeltaModule, candidates: bool) -> dict[str, tuple[int, int]]:

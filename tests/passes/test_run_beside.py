@@ -183,7 +183,7 @@ def test_in_the_lowered_graph():
     assert touching == [side]
     for n in graph.nodes:
         if n is not side and "lowered_from" in n.meta:
-            assert n.args[-2].target == list_name(0) or n.target != side.target
+            assert n.args[-3].target == list_name(0) or n.target != side.target
     everywhere, _ = compute_everywhere(gm, graph, context.plan)
     assert "down" in [n.meta.get("lowered_from") for n in everywhere.nodes]
     with torch.device("cpu"):

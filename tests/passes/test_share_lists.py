@@ -44,7 +44,12 @@ def bottleneck(stride=1, downsample=False):
     return Tiny(block, **modules)
 
 
-def shared(net, x, monkeypatch, bears=lambda node, plan, wider: node.name not in ("first", "one")):
+def shared(
+    net,
+    x,
+    monkeypatch,
+    bears=lambda node, plan, wider, ahead=False: node.name not in ("first", "one"),
+):
     """The planned graph as for a device with lists, and the context."""
     monkeypatch.setattr(module, "bears_list", bears)
     gm, context = before(share_lists, net, x)
@@ -156,7 +161,7 @@ def test_no_lists_on_the_cpu():
     graph, _ = lower_ops(gm, context)
     convs = [n for n in graph.nodes if n.target is torch.ops.deltafx.conv2d.default]
     assert convs
-    assert all(n.args[-2:] == (None, False) for n in convs)
+    assert all(n.args[-3:] == (None, False, False) for n in convs)
 
 
 def test_the_lists_in_the_lowered_graph(monkeypatch):
@@ -164,9 +169,9 @@ def test_the_lists_in_the_lowered_graph(monkeypatch):
     graph, _ = lower_ops(gm, context)
     verify(graph, "lowered", context.plan)
     calls = {n.meta["lowered_from"]: n for n in graph.nodes if "lowered_from" in n.meta}
-    memory = {n: calls[n].args[-2].target for n in ("first", "one", "down", "two", "three")}
+    memory = {n: calls[n].args[-3].target for n in ("first", "one", "down", "two", "three")}
     assert list(memory.values()) == [list_name(i) for i in (0, 0, 1, 0, 2)]
-    listed = {name: n.args[-1] for name, n in calls.items() if "conv2d" in str(n.target)}
+    listed = {name: n.args[-2] for name, n in calls.items() if "conv2d" in str(n.target)}
     assert listed == {"first": False, "one": False, "two": True, "three": True, "down": False}
     (find,) = (n for n in graph.nodes if n.target is find_candidates)
     assert find.next is calls["two"] or find.next.op == "get_attr"
