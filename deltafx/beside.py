@@ -95,7 +95,7 @@ class BesideInterpreter(fx.Interpreter):
 
     def launch(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """Calls what a node calls, with these arguments."""
-        return self.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        return self.call_function(node.target, args, kwargs)
 
     def _run_waiting(self) -> None:
         """Runs what is to run beside others, each from where it begins; then goes on from here."""

@@ -56,7 +56,8 @@ class StatePlan:
         workspaces: Shapes of fp32 buffers, by the name of their attribute.
         device: Of all tensors.
         lists: On CUDA, int32s of each list of candidates. The first is every operator's in turn;
-            of the others `run_beside` and `share_lists` say whose they are. None on the CPU.
+            of the others `run_beside`, `list_ahead` and `share_lists` say whose they are. None on
+            the CPU.
     """
 
     slots: dict[str, Slot]

@@ -3,7 +3,7 @@
 Enters: the planned graph. Leaves: the same calls; of some convolutions `meta` says what is found
 beside them, and which list others read; the plan has these lists.
 
-    m = conv2d(x=r, weight=1x1)                beside it: the windows of n that touch active sites of r
+    m = conv2d(x=r, weight=1x1)                beside it: the windows of n that touch what r changed
     n = conv2d(x=m, weight=3x3)                reads that list,
     o = conv2d(x=n, weight=1x1, residual=r)    and so do these two
     p = conv2d(x=o, weight=1x1)

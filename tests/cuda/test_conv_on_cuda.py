@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltafx.state import list_room
 from tests.ops import test_conv2d, test_conv_transpose2d
 from tests.ops.conv_reference import Case, Problem, set_mask
 from tests.ops.reference import check_counts
@@ -223,9 +224,32 @@ def test_plain_long_lists(shape: tuple[int, ...], threshold: float | None) -> No
     check_long_list(shape, threshold, 1.0, torch.ops.deltafx.conv2d.plain)
 
 
-def check_long_list(
-    shape: tuple[int, ...], threshold: float | None, density: float, op: torch._ops.OpOverload
+@pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize("shape", [s for s in LONG_LISTS if s[0] != 3], ids=str)
+def test_lists_that_others_make(
+    shape: tuple[int, ...], threshold: float | None, density: float
 ) -> None:
+    check_long_list(shape, threshold, density, torch.ops.deltafx.conv2d.default, "its own")
+
+
+@pytest.mark.parametrize("op", ["default", "plain"])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize("shape", [s for s in LONG_LISTS if s[2:] == (1, 1, 1)], ids=str)
+def test_lists_of_more_than_the_candidates(
+    shape: tuple[int, ...], threshold: float | None, op: str
+) -> None:
+    check_long_list(shape, threshold, 0.01, getattr(torch.ops.deltafx.conv2d, op), "more")
+
+
+def check_long_list(
+    shape: tuple[int, ...],
+    threshold: float | None,
+    density: float,
+    op: torch._ops.OpOverload,
+    listed: str = "",
+) -> None:
+    """listed: whose candidates are listed before, for it and for another; "": nobody's."""
     torch.manual_seed(0)
     cin, cout, kernel, stride, groups = shape
     n, h, w, pad = 3, 97 * stride, 104 * stride, kernel // 2
@@ -252,10 +276,27 @@ def check_long_list(
     limit = None if threshold is None else torch.tensor([threshold], device="cuda")
     sizes = [[kernel] * 2, [stride] * 2, [pad] * 2, [1, 1]]
     packed = torch.ops.deltafx.pack_conv_weight(weight, *sizes[1:], groups, False)
+    more: tuple[Any, ...] = ()
+    found = int(candidates.sum())
+    if listed:
+        memory = torch.full((list_room(made.numel(), n),), -7, dtype=torch.int32, device="cuda")
+        source = mask | (torch.rand(mask.shape, device="cuda") < 0.1) if listed == "more" else mask
+        others = torch.zeros_like(counts)
+        torch.ops.deltafx.find_candidates(
+            memory, counts, source, None, *sizes, memory, others, None, 1
+        )
+        assert torch.equal(counts, others)
+        makers = int(counts[1])
+        assert makers > 0
+        found = int(source.sum()) if listed == "more" else found
+        more = (memory, True, listed == "more")
     op(
         acc, made, counts, x, mask, packed, bias, None, None, None, None, "identity", *sizes,
-        groups, False, "relu", [], None, None if limit is None else scale, limit, "rms",
+        groups, False, "relu", [], None, None if limit is None else scale, limit, "rms", *more,
     )  # fmt: skip
+    if listed:
+        assert counts[1] == makers
+        counts[1] = 0
     error = 2 * max((dense.double() - exact).abs().max(), 2**-10 * exact.abs().max())
     active = torch.zeros_like(made)
     for first in range(0, cout, 64):
@@ -271,4 +312,4 @@ def check_long_list(
         assert not (written & (size < least - slack)).any()
         active |= candidates if threshold is None else written
     assert torch.equal(made, active)
-    check_counts(counts, int(candidates.sum()), int(active.sum()))
+    check_counts(counts, found, int(active.sum()))

@@ -15,6 +15,8 @@ import deltafx
 from deltafx.state import list_room, mask_room
 from tests.bottleneck import Bottleneck
 from tests.exactness import exact_over
+from tests.scenes import Scene
+from tests.test_invariants import check_bounded
 
 pytestmark = pytest.mark.cuda
 
@@ -61,6 +63,10 @@ def test_lists_hold_the_windows_and_more(seed: int) -> None:
     residual = random_mask(n, oh, ow) if rng.random() < 0.5 else None
     own = windows if residual is None else windows | residual
     lists, further, expected = [a_list(n, oh, ow) for _ in range(3)], [], [own]
+    readers = torch.zeros(2, dtype=torch.int64, device="cuda")
+    if rng.random() < 0.3:
+        further += [lists[0][0], readers, None, 1]
+        lists = lists[:2]
     for memory, counts in lists[1 : rng.randint(2, 3)]:
         step = rng.choice((1, 2))
         larger = (oh, ow) if step == 1 else (2 * oh - rng.randint(0, 1), 2 * ow - rng.randint(0, 1))
@@ -73,6 +79,8 @@ def test_lists_hold_the_windows_and_more(seed: int) -> None:
     )  # fmt: skip
     for (memory, counts), sites in zip(lists, expected, strict=False):
         check_list(memory, counts, sites)
+    if further[0] is lists[0][0]:
+        assert torch.equal(readers, lists[0][1]), "of the other reader of the same list"
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -81,6 +89,8 @@ def test_what_does_not_fit_is_refused() -> None:
     one, two = a_list(1, 8, 8), a_list(1, 8, 8)
     with pytest.raises(ValueError, match="the memory of a further list"):
         ops.find_candidates(*one, x, None, *window, two[0][:60], two[1], None, 1)
+    with pytest.raises(ValueError, match="in the memory of the first has no mask"):
+        ops.find_candidates(*one, x, None, *window, one[0], two[1], x, 1)
     with pytest.raises(ValueError, match="the mask of a further list"):
         ops.find_candidates(*one, x, None, *window, *two, random_mask(1, 8, 8), 2)
     with pytest.raises(ValueError, match="residual_mask"):
@@ -112,7 +122,7 @@ def clip(dtype: torch.dtype, count: int = 8) -> list[Tensor]:
 def shared(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
     """All lists are shared that can be, or none."""
     for each in (module, ahead):
-        monkeypatch.setattr(each, "bears_list", lambda *_: answer)
+        monkeypatch.setattr(each, "bears_list", lambda *_, **__: answer)
 
 
 def finds(compiled: deltafx.DeltaModule) -> int:
@@ -166,6 +176,18 @@ def test_shared_lists_change_nothing(
     assert (finds(made[0]), finds(made[1]) >= 4) == (0, True)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_shared_lists_bound_what_is_kept(
+    seed: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Also where a frame with lower thresholds finds more than candidates to compute."""
+    shared(monkeypatch, True)
+    dtype = HALVES[seed // 4 % 2]
+    events = ("box", "noise", "box", "box", "static", "box", "noise", "box", "reset stream", "box")
+    scene = Scene(events, seed)
+    check_bounded((blocks(), (3, 70, 90)), scene, 0.5, "rms", 1, dtype, device, dense_above=1)
+
+
 def test_convolutions_of_one_map_share_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     class Heads(nn.Module):
         def __init__(self) -> None:
@@ -188,8 +210,9 @@ def test_convolutions_of_one_map_share_a_list(monkeypatch: pytest.MonkeyPatch) -
 
 
 def bears(
-    n: int, h: int, w: int, cin: int, cout: int, kernel: int, residual: bool, wider: float
-) -> bool:
+    n: int, h: int, w: int, cin: int, cout: int, kernel: int, residual: bool, wider: float,
+    ahead: bool = False,
+) -> bool:  # fmt: skip
     def map_of(channels: int) -> Tensor:
         rows = torch.empty((n, h, w, channels), dtype=torch.float16, device="meta")
         return rows.permute(0, 3, 1, 2)
@@ -198,7 +221,7 @@ def bears(
     acc = map_of(cout)
     return ops.conv2d_bears_list(
         acc, map_of(cin), acc if residual else None, [kernel, kernel], [1, 1], padding, [1, 1], 1,
-        wider, False, torch.device("cuda"),
+        wider, ahead, torch.device("cuda"),
     )  # fmt: skip
 
 
@@ -216,6 +239,9 @@ def test_the_rule_is_that_of_the_kernels() -> None:
     assert not rule(16, 18, 24, 512, 2048, 1, True, 0.7)
     assert rule(1, 272, 480, 64, 256, 1, True, 0.7)
     assert not rule(1, 144, 192, 64, 256, 1, True, 0), "its blocks find their candidates"
+    assert rule(1, 144, 192, 64, 256, 1, True, 0.7, ahead=True)
+    assert rule(1, 36, 48, 1024, 256, 1, False, 0.7, ahead=True)
+    assert not rule(16, 18, 24, 512, 2048, 1, True, 0.7, ahead=True)
 
 
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 2), (2, 2), (1, 7), (3, 3)])
@@ -235,11 +261,12 @@ def test_a_model_by_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     rule = module.bears_list
 
-    def remembered(*args: Any) -> bool:
-        asked.append(rule(*args))
+    def remembered(*args: Any, **options: Any) -> bool:
+        asked.append(rule(*args, **options))
         return asked[-1]
 
-    monkeypatch.setattr(module, "bears_list", remembered)
+    for each in (module, ahead):
+        monkeypatch.setattr(each, "bears_list", remembered)
     compiled = deltafx.compile(net, threshold=0, dense_above=1)
     frames = [torch.randn(2, 3, 272, 480, device="cuda", dtype=torch.float16)]
     for i in range(4):
