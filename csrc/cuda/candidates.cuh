@@ -35,17 +35,18 @@ struct CandidateList {
   // before left at these places, if the list is read before the reader's other inputs are there.
   __device__ int first() const { return begin != nullptr ? __ldcg(begin) : 0; }
   __device__ int entry(int i) const { return __ldcg(entries + i); }
-  // Waits for so many blocks, which must have begun; by all threads. Not for ever: a list that
-  // nobody makes is no list.
+  // Waits for so many blocks that make the list and have begun; by all threads. At the latest until
+  // all that comes before the kernel is done, so that a list that nobody makes does no harm.
   __device__ __forceinline__ void wait_until_done(int blocks) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
     constexpr int kTries = 1 << 20;
     for (int i = 0; i < kTries; ++i) {
       int64_t done;
       asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(done) : "l"(end + 1) : "memory");
-      if (done >= blocks) break;
+      if (done >= blocks) return;
     }
 #endif
+    wait_for_inputs();
   }
   __device__ int last() const {
     const int value = static_cast<int>(__ldcg(end));

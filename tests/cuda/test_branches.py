@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import deltafx
 from deltafx.cuda_graph import BRANCHES, WARM_UP_FRAMES, FrameGraph
+from deltafx.ops.everywhere import ways
 from tests.exactness import Oracle
 from tests.nets import Net, nets
 from tests.scenes import Scene, scenes
@@ -75,8 +77,11 @@ def test_the_branch_follows_how_much_changed(dtype: torch.dtype) -> None:
     oracle.check()
 
 
-def test_both_graphs_give_the_same() -> None:
+def test_both_graphs_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one with a switch, and the one that the lowered graph follows in any case."""
+    chooser = importlib.import_module("deltafx.choose_ways")
+    # Else two models may find different ways the quickest, whose last bits differ.
+    monkeypatch.setattr(chooser, "ways", lambda **given: ways(**given)[:1])
     net = small_net().half().to(memory_format=torch.channels_last)
     torch.manual_seed(0)
     clip = [picture(net).contiguous(memory_format=torch.channels_last)]
