@@ -34,9 +34,10 @@ void conv2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
   p.pre_scale = floats_of(pre_scale, p.x.c, acc, "pre_scale");
   p.pre_shift = floats_of(pre_shift, p.x.c, acc, "pre_shift");
   p.pre_act = activation_of(pre_act, {}, {}, p.x.c);
-  TORCH_CHECK_VALUE(!filtered || (listed && p.x.h == p.out.acc.h && p.x.w == p.out.acc.w &&
-                                  wy.kernel == 1 && wx.kernel == 1 && !residual.has_value()),
-                    "deltafx: a list is filtered for 1x1 convolutions without residual alone");
+  TORCH_CHECK_VALUE(
+      !filtered || (listed && groups == 1 && p.x.h == p.out.acc.h && p.x.w == p.out.acc.w &&
+                    wy.kernel == 1 && wx.kernel == 1 && !residual.has_value()),
+      "deltafx: a list is filtered for 1x1 convolutions in one group, without residual, alone");
   run_conv(p, weight, acc, {kPlain, memory, listed, filtered});
 }
 

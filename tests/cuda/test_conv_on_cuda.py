@@ -82,7 +82,8 @@ class CudaProblem(Problem):
             assert moved[written].data_ptr() != args[written].data_ptr()
         op = torch.ops.deltafx.conv_transpose2d if c.transposed else torch.ops.deltafx.conv2d
         with torch.backends.cudnn.flags(allow_tf32=self.tf32):
-            getattr(op, self.overload)(*moved)
+            getattr(op, self.overload)(*moved, *self.lists(moved))
+        moved[2].sub_(self.listed)
         for written in (0, 1, 2):
             back = moved[written]
             whole, own = (
@@ -91,6 +92,11 @@ class CudaProblem(Problem):
             (own if own is not None else args[written]).copy_(whole)
         assert self.counts[1] == 0, "active sites are left to the mask"
         self.counts[1] = self.mask.sum()
+
+    def lists(self, moved: list[Any]) -> tuple[Any, ...]:
+        """Lists the candidates beforehand; returns the arguments that say so."""
+        self.listed = torch.zeros_like(moved[2])  # what the lists count besides the candidates
+        return ()
 
     def tolerance(self, exact: Tensor) -> Tensor:
         if not self.tf32:
@@ -107,6 +113,35 @@ class PlainProblem(CudaProblem):
     """By the kernel of GPUs before Ampere."""
 
     overload = "plain"
+
+
+class ListedProblem(CudaProblem):
+    """Whose candidates are listed before, for it and for another with the same."""
+
+    def more_sites(self, x_mask: Tensor) -> Tensor:
+        return torch.zeros_like(x_mask)
+
+    def lists(self, moved: list[Any]) -> tuple[Any, ...]:
+        c, (n, h, w) = self.case, self.mask.shape
+        counts, x_mask, residual_mask = moved[2], moved[4], moved[8]
+        memory = torch.full((list_room(n * h * w, n),), -7, dtype=torch.int32, device="cuda")
+        others = torch.zeros_like(counts)
+        more = self.more_sites(x_mask)
+        torch.ops.deltafx.find_candidates(
+            memory, counts, x_mask | more, residual_mask, c.kernel, c.stride, c.padding,
+            c.dilation, memory, others, None, 1,
+        )  # fmt: skip
+        assert torch.equal(counts, others)
+        assert counts[1] > 0, "blocks that are done"
+        self.listed = torch.stack([more.sum(), counts[1]])
+        return memory, True, bool(more.any())
+
+
+class FilteredProblem(ListedProblem):
+    """With a list of more sites than the candidates."""
+
+    def more_sites(self, x_mask: Tensor) -> Tensor:
+        return (torch.rand(x_mask.shape, device="cuda") < 0.3) & ~x_mask
 
 
 def run(case: Case, mask: str, kind: type[CudaProblem] = CudaProblem) -> None:
@@ -137,6 +172,29 @@ def test_conv2d_features(case: Case, feature: str, mask: str) -> None:
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
 def test_depthwise(case: Case, mask: str, policy: dict[str, Any], dtype: torch.dtype) -> None:
     run(replace(case, dtype=dtype, **policy), mask)
+
+
+LISTED = [c for c in test_conv2d.SHAPES + TILES + DEPTHWISE if not c.transposed]
+LISTED += [replace(c, residual=True) for c in TILES]
+POINTS = [
+    c
+    for c in PRODUCTS
+    if c.kernel == (1, 1) == c.stride and c.padding == (0, 0) and not c.transposed
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["empty", "one", "random"])
+@pytest.mark.parametrize("case", LISTED, ids=str)
+def test_listed(case: Case, mask: str, dtype: torch.dtype) -> None:
+    run(replace(case, dtype=dtype), mask, ListedProblem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["empty", "one", "random"])
+@pytest.mark.parametrize("case", POINTS, ids=str)
+def test_listed_and_filtered(case: Case, mask: str, dtype: torch.dtype) -> None:
+    run(replace(case, dtype=dtype), mask, FilteredProblem)
 
 
 @pytest.mark.parametrize("mask", ["full", "random"])

@@ -172,3 +172,7 @@ def test_listed_candidates_need_their_list():
     args, _ = Problem(Case(17, 33)).arguments()
     with pytest.raises(ValueError, match="needs the list as memory"):
         torch.ops.deltafx.conv2d(*args, listed=True)
+    for case in (Case(17, 33), Case(17, 33, (1, 1), padding=(0, 0), residual=True)):
+        args, _ = Problem(case).arguments()
+        with pytest.raises(ValueError, match="a list is filtered for 1x1 convolutions"):
+            torch.ops.deltafx.conv2d(*args, listed=True, filtered=True)
