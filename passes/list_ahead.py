@@ -79,7 +79,9 @@ def list_ahead(gm: fx.GraphModule, context: Context) -> int:
 
 def _found_beside(node: fx.Node, order: dict[fx.Node, int], plan: StatePlan) -> ListAhead | None:
     """What can be found beside a convolution, and should be."""
-    if not is_ours(node) or not _is_site_by_site(node) or node.kwargs.get("residual") is not None:
+    if not is_ours(node) or not _is_site_by_site(node):
+        return None
+    if node.kwargs.get("residual") is not None or node.kwargs.get("groups", 1) != 1:
         return None
     source: Any = node.kwargs["x"]
     # The frame's own comparison has nothing before it that something could run beside.

@@ -108,6 +108,8 @@ def _further(node: fx.Node, order: dict[fx.Node, int], plan: StatePlan) -> tuple
     while left and len(found) < _MOST:
         reader = min(left, key=order.__getitem__)
         left.remove(reader)
+        if LIST in reader.meta:
+            continue  # it is active wherever its own list has sites
         outside = _outside(reader, node, within)
         if outside is None or any(order[source] >= order[node] for source, _ in outside):
             continue
@@ -116,7 +118,7 @@ def _further(node: fx.Node, order: dict[fx.Node, int], plan: StatePlan) -> tuple
             left |= {n for n in reader.users if is_ours(n)}
         more = 0.0 if _is_sibling(reader, node) else wider
         # What is not truncated passes further candidates on to whoever reads it.
-        if LIST in reader.meta or (more > 0 and not reader.meta["truncates"]):
+        if more > 0 and not reader.meta["truncates"]:
             continue
         if bears_list(reader, plan, more):
             found.append(FurtherList(reader, *(outside[0] if outside else (None, 1))))

@@ -121,6 +121,7 @@ def test_the_first_reader_is_not_truncated(monkeypatch):
             lambda m, x: (lambda y: m.three(m.two(m.one(y) + y)).sign())(m.stem(x)),
             "the first one adds a residual",
         ),
+        (lambda m, x: m.three(m.two(m.grouped(m.stem(x)))).sign(), "the first one is grouped"),
         (lambda m, x: m.three(m.three(m.one(m.stem(x)))).sign(), "no window"),
         (lambda m, x: m.wide(m.two(m.one(m.stem(x)))).sign(), "no reader site by site"),
         (
@@ -151,7 +152,7 @@ def test_lists_that_are_not_found_ahead(f, why, monkeypatch):
         f, stem=nn.Conv2d(2, 2, 3, padding=1), one=nn.Conv2d(2, 2, 1),
         two=nn.Conv2d(2, 2, 3, padding=1), three=nn.Conv2d(2, 2, 1),
         wide=nn.Conv2d(2, 2, 3, padding=1), down=nn.Conv2d(2, 2, 1, 2),
-        aside=nn.Conv2d(2, 2, 2, padding=1, dilation=2),
+        aside=nn.Conv2d(2, 2, 2, padding=1, dilation=2), grouped=nn.Conv2d(2, 2, 1, groups=2),
     )  # fmt: skip
     gm, _, _ = ahead(net, whole(1, 2, 6, 7), monkeypatch)
     assert not found(gm), why

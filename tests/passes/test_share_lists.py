@@ -245,3 +245,23 @@ def test_no_candidate_is_missed(net, threshold, monkeypatch):
         else:
             assert i == 4 or not any(state[counts_name(n)].any() for n in plan.nodes[1:]), "static"
     assert further_sites > 0 or threshold == 0, "nothing was truncated"
+
+
+def test_who_reads_another_list_leads_nowhere(monkeypatch):
+    """Two heads of the same windows; one reads a list of more sites, and so may who reads that."""
+
+    def heads(m, x):
+        y = m.b(m.a(x))
+        return m.d(m.c(y)).sign() + m.e(y).sign()
+
+    net = Tiny(heads, **{k: nn.Conv2d(2, 2, 1) for k in "abcde"})
+    for listed, expected in ((False, {"c", "d"}), (True, {"e"})):
+        monkeypatch.setattr(module, "bears_list", lambda node, *rest, **options: node.name != "a")
+        gm, context = before(share_lists, net, whole(1, 2, 6, 7))
+        context.plan = dataclasses.replace(context.plan, lists=(1,))
+        nodes = {n.name: n for n in gm.graph.nodes}
+        if listed:
+            nodes["c"].meta[LIST] = 7
+        share_lists(gm, context)
+        readers = {f.node.name for f in nodes["b"].meta.get(FURTHER, ())}
+        assert readers == expected, (listed, readers)
