@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -72,6 +73,11 @@ class StatePlan:
         """Where each slot's mask begins in the arena of masks, by its name."""
         rooms = [mask_room(s.sites) for s in self.slots.values()]
         return dict(zip(self.slots, itertools.accumulate(rooms, initial=0), strict=False))
+
+    def alone(self) -> set[str]:
+        """The nodes whose update mask nobody else writes into: the only ones of their slots."""
+        owners = Counter(place.slot for place in self.places.values())
+        return {n for n, place in self.places.items() if place.slot == n and owners[n] == 1}
 
     def bytes_by_slot(self) -> dict[str, int]:
         """Bytes of each slot: its accumulator and its mask."""

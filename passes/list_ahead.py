@@ -17,7 +17,6 @@ truncated: sites that are computed and found unchanged. CUDA only.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from typing import Any
 
 from torch import fx
@@ -25,13 +24,18 @@ from torch import fx
 from deltafx.ops.conv2d import conv2d
 from deltafx.ops.encode import encode
 from deltafx.passes.context import Context
-from deltafx.passes.share_lists import LIST, bears_list, is_ours, kept_after, window_of
+from deltafx.passes.share_lists import (
+    LIST,
+    MOST_FURTHER,
+    bears_list,
+    is_ours,
+    kept_after,
+    window_of,
+)
 from deltafx.state import StatePlan, list_room
 
 AHEAD = "ahead"
 """In `meta` of a convolution: the `ListAhead` that is found beside it."""
-
-_MOST = 2  # readers besides the first, as in csrc/cuda/candidates.cuh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +57,12 @@ def list_ahead(gm: fx.GraphModule, context: Context) -> int:
     if not plan.lists:
         return 0
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    alone = plan.alone()
     rooms = list(plan.lists)
     read_until: dict[int, int] = {}  # by list: where its last reader stands
     count = 0
     for node in gm.graph.nodes:
-        found = _found_beside(node, order, plan)
+        found = _found_beside(node, order, plan, alone)
         if found is None:
             continue
         # A list that `node` itself may still be reading is not made anew beside it.
@@ -77,7 +82,9 @@ def list_ahead(gm: fx.GraphModule, context: Context) -> int:
     return count
 
 
-def _found_beside(node: fx.Node, order: dict[fx.Node, int], plan: StatePlan) -> ListAhead | None:
+def _found_beside(
+    node: fx.Node, order: dict[fx.Node, int], plan: StatePlan, alone: set[str]
+) -> ListAhead | None:
     """What can be found beside a convolution, and should be."""
     if not is_ours(node) or not _is_site_by_site(node):
         return None
@@ -85,7 +92,7 @@ def _found_beside(node: fx.Node, order: dict[fx.Node, int], plan: StatePlan) -> 
         return None
     source: Any = node.kwargs["x"]
     # The frame's own comparison has nothing before it that something could run beside.
-    if not source.meta.get("delta") or source.target is encode or not _is_alone(source, plan):
+    if not source.meta.get("delta") or source.target is encode or source.name not in alone:
         return None
     behind = [n for n in node.users if is_ours(n) and LIST not in n.meta]
     if len(behind) != 1:
@@ -108,7 +115,7 @@ def _readers(
     """A convolution, and those behind it that can read the same list, and should."""
     wider = kept_after(first)
     readers = [first]
-    while len(readers) <= _MOST:
+    while len(readers) <= MOST_FURTHER:
         last = readers[-1]
 
         def reads(node: fx.Node, last: fx.Node = last) -> bool:
@@ -139,20 +146,12 @@ def _within(node: fx.Node, first: fx.Node, source: fx.Node) -> bool:
     if node.target is not conv2d or not node.meta.get("delta") or node.kwargs["x"] is not source:
         return False
     its = window_of(node)
-    return (its.kernel, its.padding, its.stride) == ([1, 1], [0, 0], window.stride) and (
-        node.kwargs.get("residual") is None
-    )
+    return its.is_point and its.stride == window.stride and node.kwargs.get("residual") is None
 
 
 def _is_site_by_site(node: fx.Node) -> bool:
     window = window_of(node)
-    return (window.kernel, window.padding, window.stride) == ([1, 1], [0, 0], [1, 1])
-
-
-def _is_alone(node: fx.Node, plan: StatePlan) -> bool:
-    """Whether nobody else writes into a node's update mask."""
-    owners = Counter(place.slot for place in plan.places.values())
-    return plan.places[node.name].slot == node.name and owners[node.name] == 1
+    return window.is_point and window.stride == [1, 1]
 
 
 __all__ = ["AHEAD", "ListAhead", "list_ahead"]

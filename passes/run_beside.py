@@ -18,7 +18,6 @@ read by one, stays in its row. CUDA only.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 from torch import fx
 
@@ -60,12 +59,12 @@ def _best(graph: fx.Graph, plan: StatePlan) -> tuple[fx.Node, fx.Node] | None:
         order[node], calls[node] = i, row
         if delta_op(node) and node.meta.get("delta"):
             written[plan.places[node.name].slot] = i
-    owners = Counter(place.slot for place in plan.places.values())
+    alone = plan.alone()
     best, most = None, (0, 0)
     for node in graph.nodes:
         if node.target is not conv2d or not _is_in_row(node) or not node.users:
             continue
-        if plan.places[node.name].slot != node.name or owners[node.name] > 1:
+        if node.name not in alone:
             continue  # an update mask that others write into as well
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
         if not all(n.meta.get("delta") for n in inputs):

@@ -31,7 +31,7 @@ LIST, FURTHER = "list", "further_lists"
 """In `meta`: the number of the list that a node's candidates are in; the `FurtherList`s that are
 made along with a node's own, which is number 0."""
 
-_MOST = 2  # further lists, as in csrc/cuda/conv.h
+MOST_FURTHER = 2  # lists made along with another, as in csrc/cuda/conv.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _further(node: fx.Node, order: dict[fx.Node, int], plan: StatePlan) -> tuple
     within = {node}  # nodes whose active sites are among the candidates of `node`
     found: list[FurtherList] = []
     left = _readers(node, order)
-    while left and len(found) < _MOST:
+    while left and len(found) < MOST_FURTHER:
         reader = min(left, key=order.__getitem__)
         left.remove(reader)
         if LIST in reader.meta:
@@ -154,15 +154,13 @@ def _outside(
     `None`, if these are more than one, or not a matter of single sites.
     """
     outside: list[tuple[Any, int]] = []
-    kernel, stride, padding, _ = window_of(reader)
+    window = window_of(reader)
     x, residual = reader.kwargs["x"], reader.kwargs.get("residual")
     if not _is_sibling(reader, node):
-        if tuple(kernel) != (1, 1) or tuple(padding) != (0, 0):
+        if not window.is_point or window.stride not in ([1, 1], [2, 2]):
             return None
-        if tuple(stride) not in ((1, 1), (2, 2)):
-            return None
-        if x not in within or stride[0] != 1:
-            outside.append((x, stride[0]))
+        if x not in within or window.stride[0] != 1:
+            outside.append((x, window.stride[0]))
     if residual is not None and residual not in within:
         outside.append((residual, 1))
     touches = _is_sibling(reader, node) or x in within or residual in within
@@ -191,6 +189,11 @@ class Window(NamedTuple):
     padding: list[int]
     dilation: list[int]
 
+    @property
+    def is_point(self) -> bool:
+        """Whether it is one site, and all of them lie in the input."""
+        return self.kernel == [1, 1] and self.padding == [0, 0]
+
 
 def window_of(node: fx.Node) -> Window:
     """The window of a convolution."""
@@ -215,6 +218,6 @@ def _map(node: fx.Node, plan: StatePlan) -> Tensor:
 
 
 __all__ = [
-    "FURTHER", "LIST", "FurtherList", "bears_list", "is_ours", "kept_after", "share_lists",
-    "window_of",
+    "FURTHER", "LIST", "MOST_FURTHER", "FurtherList", "Window", "bears_list", "is_ours",
+    "kept_after", "share_lists", "window_of",
 ]  # fmt: skip

@@ -133,8 +133,7 @@ HopperTiling::HopperTiling(const GemmParams& p)
   clusters = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tiles, room)));
 }
 
-int conv_hopper_clusters(const GemmParams& p) {
-  const HopperTiling tiling(p);
+int conv_hopper_clusters(const GemmParams& p, const HopperTiling& tiling) {
   if (p.shares.any()) return p.shares.count;
   return p.makers > 0 && !tiling.tall ? clusters_for(p, tiling) : tiling.clusters;
 }

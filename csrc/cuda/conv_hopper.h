@@ -25,7 +25,7 @@ struct HopperTiling {
 // the quicker way, as it is for tiles of 128 sites.
 Shares conv_hopper_shares(const GemmParams& p);
 // How many clusters of blocks along x such a convolution is launched with.
-int conv_hopper_clusters(const GemmParams& p);
+int conv_hopper_clusters(const GemmParams& p, const HopperTiling& tiling);
 // Whether candidates that lie `wider` sites farther out, on each side of what changed, cost less
 // than the launch of a list of one's own.
 bool conv_hopper_bears(const GemmParams& p, double wider);

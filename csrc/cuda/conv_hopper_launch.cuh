@@ -11,7 +11,7 @@ cudaError_t launch_tiles(void (*kernel)(GemmParams), GemmParams p, cudaStream_t 
   static_assert(Traits::kBlocksPerMultiprocessor == HopperTiling::kBlocksPerMultiprocessor &&
                 Traits::kColumns == HopperTiling::kColumns);
   const HopperTiling tiling(p);
-  const int clusters = conv_hopper_clusters(p);
+  const int clusters = conv_hopper_clusters(p, tiling);
   p.cluster = tiling.cluster;
   return launch(
       kernel,

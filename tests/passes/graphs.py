@@ -6,6 +6,7 @@ is exact in fp32, in any order, so a rewrite may not change a single bit.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor, fx, nn
 from deltafx.config import Config
 from deltafx.passes import PIPELINE, Context, Pass
 from deltafx.passes.normalize_graph import normalize_graph
+from deltafx.passes.run_beside import run_beside
 from deltafx.passes.trace_model import trace_model
+from deltafx.state import list_room
 from deltafx.verify import verify
 
 
@@ -82,6 +85,17 @@ def before(rewrite: Pass, model: nn.Module, *xs: Tensor) -> tuple[fx.GraphModule
             break
         earlier(gm, context)
     return gm, context
+
+
+def with_lists(rewrite: Pass, model: nn.Module, *xs: Tensor) -> tuple[fx.GraphModule, Context, int]:
+    """The planned graph after a pass on lists, as for a device with lists; and the pass's count."""
+    gm, context = before(rewrite, model, *xs)
+    longest = max(list_room(s.sites, s.shape[0]) for s in context.plan.slots.values())
+    context.plan = dataclasses.replace(context.plan, lists=(longest,))
+    run_beside(gm, context)
+    count = rewrite(gm, context)
+    verify(gm.graph, "planned", context.plan)
+    return gm, context, count
 
 
 def rewritten(rewrite: Pass, model: nn.Module, *xs: Tensor) -> tuple[fx.GraphModule, int]:

@@ -11,11 +11,11 @@ from torch import fx, nn
 from deltafx.passes.compute_everywhere import compute_everywhere
 from deltafx.passes.list_ahead import AHEAD, list_ahead
 from deltafx.passes.lower_ops import lower_ops
-from deltafx.passes.run_beside import BESIDE, run_beside
+from deltafx.passes.run_beside import BESIDE
 from deltafx.passes.share_lists import LIST
 from deltafx.state import allocate, counts_name, list_name, list_room, mask_name, threshold_name
 from deltafx.verify import verify
-from tests.passes.graphs import Tiny, before, whole
+from tests.passes.graphs import Tiny, before, whole, with_lists
 
 module = importlib.import_module("deltafx.passes.list_ahead")
 find_candidates = torch.ops.deltafx.find_candidates.default
@@ -44,13 +44,7 @@ def blocks(*kinds):
 def ahead(net, x, monkeypatch, bears=lambda node, plan, wider, ahead: ahead):
     """The planned graph as for a device with lists, and the context."""
     monkeypatch.setattr(module, "bears_list", bears)
-    gm, context = before(list_ahead, net, x)
-    longest = max(list_room(s.sites, s.shape[0]) for s in context.plan.slots.values())
-    context.plan = dataclasses.replace(context.plan, lists=(longest,))
-    run_beside(gm, context)
-    count = list_ahead(gm, context)
-    verify(gm.graph, "planned", context.plan)
-    return gm, context, count
+    return with_lists(list_ahead, net, x)
 
 
 def found(gm):
@@ -60,6 +54,11 @@ def found(gm):
         for n in gm.graph.nodes
         if AHEAD in n.meta
     }
+
+
+def numbers(gm):
+    """The list that each reads."""
+    return {n.name: n.meta[LIST] for n in gm.graph.nodes if LIST in n.meta}
 
 
 def test_blocks_in_a_row(monkeypatch):
@@ -73,9 +72,8 @@ def test_blocks_in_a_row(monkeypatch):
         "one3": ("three2", ["two3", "three3"]),
     }
     assert count == 11
-    lists = {n.name: n.meta[LIST] for n in gm.graph.nodes if LIST in n.meta}
     first = len(context.plan.lists) - 2
-    assert lists == {
+    assert numbers(gm) == {
         "two0": first, "three0": first, "one1": first,
         "two1": first + 1, "three1": first + 1, "one2": first + 1,
         "two2": first, "three2": first, "one3": first,
@@ -189,7 +187,7 @@ def test_in_the_lowered_graph(monkeypatch):
     assert [names[i + 1] for i in finds] == ["one0", "one1"]
     assert all(BESIDE in calls[i].meta for i in finds)
     second = [a.target if isinstance(a, fx.Node) else a for a in calls[finds[1]].args]
-    own = list_name(gm_list(gm, "two1"))
+    own = list_name(numbers(gm)["two1"])
     assert second == [
         own, counts_name("two1"), mask_name("three0"), None, [3, 3], [2, 2], [1, 1], [1, 1],
         own, counts_name("three1"), None, 1,
@@ -202,10 +200,6 @@ def test_in_the_lowered_graph(monkeypatch):
     }  # fmt: skip
     everywhere, _ = compute_everywhere(gm, graph, context.plan)
     assert not [n for n in everywhere.nodes if n.target is find_candidates]
-
-
-def gm_list(gm, name):
-    return next(n.meta[LIST] for n in gm.graph.nodes if n.name == name)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 10.0])

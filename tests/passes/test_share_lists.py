@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from deltafx.passes.compute_everywhere import compute_everywhere
 from deltafx.passes.lower_ops import lower_ops
-from deltafx.passes.run_beside import BESIDE, run_beside
+from deltafx.passes.run_beside import BESIDE
 from deltafx.passes.share_lists import FURTHER, LIST, share_lists
 from deltafx.state import (
     allocate,
@@ -22,7 +22,7 @@ from deltafx.state import (
     threshold_name,
 )
 from deltafx.verify import verify
-from tests.passes.graphs import Tiny, before, whole
+from tests.passes.graphs import Tiny, before, whole, with_lists
 
 module = importlib.import_module("deltafx.passes.share_lists")
 find_candidates = torch.ops.deltafx.find_candidates.default
@@ -52,14 +52,7 @@ def shared(
 ):
     """The planned graph as for a device with lists, and the context."""
     monkeypatch.setattr(module, "bears_list", bears)
-    gm, context = before(share_lists, net, x)
-    slots = context.plan.slots.values()
-    longest = max(list_room(s.sites, s.shape[0]) for s in slots)
-    context.plan = dataclasses.replace(context.plan, lists=(longest,))
-    run_beside(gm, context)
-    count = share_lists(gm, context)
-    verify(gm.graph, "planned", context.plan)
-    return gm, context, count
+    return with_lists(share_lists, net, x)
 
 
 def found(gm):
