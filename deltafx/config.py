@@ -34,6 +34,11 @@ class Config:
         scale_floor: A channel's scale is at least this share of its layer's mean scale.
         max_states: How many states (one for each shape, dtype and device of the input) are kept;
             the least recently used is dropped.
+        max_state_bytes: How large a state may be. Where it would be larger, fewer accumulators are
+            kept, as few as that takes: the inner maps of blocks of convolutions are computed anew
+            wherever the block is, which costs multiply-adds and leaves results as they are but for
+            the truncation there. On CUDA devices; where it cannot be held, a `StateLimitWarning`
+            says so. `None` is no limit.
         cuda_graph: Whether a frame on a CUDA device is launched as one CUDA graph.
         dense_above: In such a graph, the share of the input's squares of 16x16 sites that must have
             changed for a frame to be computed everywhere, convolutions by cuDNN; 1 is never. It is
@@ -52,6 +57,7 @@ class Config:
     refresh_every: int = 6
     scale_floor: float = 0.05
     max_states: int = 4
+    max_state_bytes: int | None = None
     cuda_graph: bool = True
     dense_above: float | None = None
 
@@ -77,6 +83,11 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidOptionError(f"{name} must be an int >= {least}, not {value!r}")
+        limit = self.max_state_bytes
+        if limit is not None and (
+            isinstance(limit, bool) or not isinstance(limit, int) or limit < 1
+        ):
+            raise InvalidOptionError(f"max_state_bytes must be an int >= 1 or None, not {limit!r}")
         share = self.dense_above
         if share is not None and (
             isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1

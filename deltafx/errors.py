@@ -60,3 +60,7 @@ class VideoError(DeltafxError, OSError):
 
 class CudaGraphWarning(UserWarning):
     """A model's frames cannot be captured as a CUDA graph; they are right, and slower."""
+
+
+class StateLimitWarning(UserWarning):
+    """A state takes more memory than `max_state_bytes`; nothing else is wrong with it."""

@@ -20,6 +20,7 @@ from deltafx.state import (
     COUNTS,
     MASKS,
     SCALES,
+    SCRATCH,
     THRESHOLDS,
     StatePlan,
     acc_name,
@@ -65,7 +66,8 @@ class FrameProgram(nn.Module):
         plan = instance.plan
         held = torch.zeros_like(tensors[THRESHOLDS]) if thresholds is None else thresholds
         kept = {MASKS, COUNTS, SCALES, *instance.constants, *plan.workspaces}
-        kept |= {acc_name(slot) for slot in plan.slots}
+        kept |= {acc_name(s.name) for s in plan.slots.values() if s.scratch is None}
+        kept |= {SCRATCH} if plan.scratch_bytes() else set()
         kept |= {list_name(i) for i in range(len(plan.lists))}
         buffers = {name: _copied(tensors[name]) for name in kept}
         # Not a count: AOTInductor folds a buffer of one value, though it is written to.
@@ -148,7 +150,14 @@ def _parts(plan: StatePlan) -> dict[str, tuple[str, list[tuple[Any, ...]]]]:
     parts: dict[str, tuple[str, list[tuple[Any, ...]]]] = {}
     starts = plan.first_sites()
     for slot in plan.slots.values():
-        n, _, h, w = slot.shape
+        n, c, h, w = slot.shape
+        if slot.scratch is not None:
+            part = (aten.slice.Tensor, 0, slot.scratch, slot.scratch + slot.map_bytes)
+            rows = [(aten.view.dtype, slot.dtype), (aten.view.default, [n, h, w, c])]
+            parts[acc_name(slot.name)] = (
+                SCRATCH,
+                [part, *rows, (aten.permute.default, [0, 3, 1, 2])],
+            )
         first = starts[slot.name]
         cut = (aten.slice.Tensor, 0, first, first + slot.sites)
         parts[mask_name(slot.name)] = (MASKS, [cut, (aten.view.default, [n, h, w])])

@@ -279,6 +279,11 @@ class DeltaModule(Compiled, fx.GraphModule):
         place = compiled.instance.plan.places.get(node)
         if place is None:
             raise UnknownNodeError(f"no delta node {node!r}; see explain() for the names")
+        if not compiled.instance.plan.kept(node):
+            raise UnknownNodeError(
+                f"the map of {node!r} is not kept, for the state to be no larger than "
+                "max_state_bytes"
+            )
         whole = compiled.buffers[acc_name(place.slot)]
         return whole[:, place.start : place.start + place.channels].clone()
 

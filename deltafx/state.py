@@ -23,16 +23,30 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One accumulator with its update mask."""
+    """One accumulator with its update mask.
+
+    Attributes:
+        name: Of both.
+        shape: [N, C, H, W].
+        dtype: Of the accumulator.
+        scratch: Where the accumulator begins in the scratch memory, in bytes; slots may overlap
+            there, so nothing of it is left to the next frame. `None`: it has memory of its own.
+    """
 
     name: str
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
+    scratch: int | None = None
 
     @property
     def sites(self) -> int:
         """Sites over all streams."""
         return self.shape[0] * self.shape[2] * self.shape[3]
+
+    @property
+    def map_bytes(self) -> int:
+        """Bytes of the accumulator."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +93,19 @@ class StatePlan:
         owners = Counter(place.slot for place in self.places.values())
         return {n for n, place in self.places.items() if place.slot == n and owners[n] == 1}
 
+    def kept(self, node: str) -> bool:
+        """Whether a node's map is left to the next frame."""
+        return self.slots[self.places[node].slot].scratch is None
+
+    def scratch_bytes(self) -> int:
+        """Bytes of the memory that the slots share whose accumulators are not kept."""
+        shared = (s for s in self.slots.values() if s.scratch is not None)
+        return max((s.scratch + s.map_bytes for s in shared), default=0)  # type: ignore[operator]
+
     def bytes_by_slot(self) -> dict[str, int]:
-        """Bytes of each slot: its accumulator and its mask."""
+        """Bytes of each slot: its mask and, if it is kept, its accumulator."""
         return {
-            s.name: math.prod(s.shape) * s.dtype.itemsize + mask_room(s.sites)
+            s.name: (s.map_bytes if s.scratch is None else 0) + mask_room(s.sites)
             for s in self.slots.values()
         }
 
@@ -92,10 +115,12 @@ class StatePlan:
         scales = 4 * sum(map(scale_room, self.truncating.values()))
         work = 4 * sum(math.prod(shape) for shape in self.workspaces.values())
         lists = 4 * sum(self.lists)
-        return sum(self.bytes_by_slot().values()) + rows + scales + work + lists
+        maps = sum(self.bytes_by_slot().values()) + self.scratch_bytes()
+        return maps + rows + scales + work + lists
 
 
 MASKS, COUNTS, THRESHOLDS, SCALES = "masks", "counts", "thresholds_", "inv_scales"
+SCRATCH = "scratch"
 NOT_FINITE = "not_finite"
 """By which a frame that is computed everywhere tells of infinities and NaNs; not in the plan."""
 
@@ -113,9 +138,15 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
         THRESHOLDS: torch.zeros(len(plan.truncating), device=device),
         SCALES: torch.ones(sum(map(scale_room, plan.truncating.values())), device=device),
     }
+    if shared := plan.scratch_bytes():
+        made[SCRATCH] = torch.zeros(shared, dtype=torch.uint8, device=device)
     for slot in plan.slots.values():
         n, c, h, w = slot.shape
-        rows = torch.zeros((n, h, w, c), dtype=slot.dtype, device=device)
+        if slot.scratch is None:
+            rows = torch.zeros((n, h, w, c), dtype=slot.dtype, device=device)
+        else:
+            part = made[SCRATCH][slot.scratch : slot.scratch + slot.map_bytes]
+            rows = part.view(slot.dtype).view(n, h, w, c)
         made[acc_name(slot.name)] = rows.permute(0, 3, 1, 2)
     for place in plan.places.values():
         whole = made[acc_name(place.slot)]

@@ -1,7 +1,7 @@
 """The passes, in their order: one direction, no way back.
 
-    trace -> normalize -> fuse -> assign regions -> plan state -> run beside -> share lists -> lower
-    -> emit
+    trace -> normalize -> fuse -> assign regions -> plan state -> recompute maps -> run beside
+    -> share lists -> lower -> emit
 
 Each pass is a file with one public function of the same name. A rewriting pass takes the graph
 module and the `Context`, changes the module in place and returns how many rewrites it did; a second
@@ -27,6 +27,7 @@ from deltafx.passes.list_ahead import list_ahead
 from deltafx.passes.match_shuffles import match_shuffles
 from deltafx.passes.plan_state import plan_state
 from deltafx.passes.raise_ops import raise_ops
+from deltafx.passes.recompute_maps import recompute_maps
 from deltafx.passes.run_beside import run_beside
 from deltafx.passes.share_lists import share_lists
 from deltafx.passes.split_volumes import split_volumes
@@ -48,6 +49,7 @@ PIPELINE: tuple[tuple[Pass, str], ...] = (
     (fuse_separables, "raised"),  # must run last: both convolutions have all that they take
     (assign_regions, "assigned"),
     (plan_state, "planned"),
+    (recompute_maps, "planned"),  # must run before whatever looks for lists or moves calls
     (run_beside, "planned"),  # must run before those on lists: these take no part in them
     (list_ahead, "planned"),
     (share_lists, "planned"),

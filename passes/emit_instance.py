@@ -7,6 +7,7 @@ the plan of its state, and what is known of every node. Nothing of the state is 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from deltafx.config import Config
+from deltafx.errors import StateLimitWarning
 from deltafx.ops import delta_op, is_view
 from deltafx.ops.base import value
 from deltafx.ops.encode import encode, is_frame
@@ -108,6 +110,14 @@ def emit_instance(
 def _emit(gm: fx.GraphModule, config: Config) -> Instance:
     context = Context(config)
     run_pipeline(gm, context)
+    limit, needed = config.max_state_bytes, context.plan.bytes()
+    if limit is not None and needed > limit:
+        warnings.warn(
+            f"a state takes {needed} bytes, and max_state_bytes is {limit}: no other maps can be "
+            "computed anew",
+            StateLimitWarning,
+            stacklevel=2,
+        )
     graph, constants = lower_ops(gm, context)
     verify(graph, "lowered", context.plan)
     everywhere = None
@@ -141,7 +151,9 @@ def _describe(node: fx.Node, context: Context) -> NodeInfo:
         return NodeInfo(
             op=op.name,
             kind="delta",
-            reason="computed where its inputs changed",
+            reason="computed where its inputs changed"
+            if context.plan.kept(node.name)
+            else "not kept: computed wherever its block is",
             truncates=node.meta["truncates"],
             sites=sites,
             macs_per_site=per_site,

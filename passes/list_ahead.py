@@ -94,6 +94,8 @@ def _found_beside(
     # The frame's own comparison has nothing before it that something could run beside.
     if not source.meta.get("delta") or source.target is encode or source.name not in alone:
         return None
+    if not plan.kept(source.name):
+        return None  # computed where it did not change, too
     behind = [n for n in node.users if is_ours(n) and LIST not in n.meta]
     if len(behind) != 1:
         return None

@@ -6,7 +6,8 @@ Enters: the planned graph. Leaves: a new graph over the attributes of a state an
     deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, const_n_weight, ..., threshold_n)
 
 Where `share_lists` found several convolutions whose candidates are found at once, that is a call
-before the first of them; what `list_ahead` wants found beside a convolution is a call before that.
+before the first of them; what `list_ahead` wants found beside a convolution is a call before that,
+and the lists of a block of `recompute_maps` are calls before its first.
 The calls that run beside others are marked as `run_beside` has them. The masks are cleared first.
 Dense calls read accumulators as ordinary tensors. What leaves the graph is copied where it is, or
 may show, an accumulator: the next frame must not change it.
@@ -25,8 +26,9 @@ from deltafx.ops.base import constant
 from deltafx.ops.views import slice_channels
 from deltafx.passes.context import Context
 from deltafx.passes.list_ahead import AHEAD
+from deltafx.passes.recompute_maps import BLOCK
 from deltafx.passes.run_beside import BESIDE
-from deltafx.passes.share_lists import FURTHER, LIST, FurtherList, window_of
+from deltafx.passes.share_lists import FURTHER, LIST, FurtherList, Window, window_of
 from deltafx.state import (
     COUNTS,
     MASKS,
@@ -143,11 +145,19 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
     own |= _given(lowering, node, op)
     if AHEAD in node.meta:
         first, *others = node.meta[AHEAD].readers
-        further = tuple(FurtherList(other, None, 1) for other in others)
-        find = _find_candidates(lowering, first, node.meta[AHEAD].source, further)
+        source, window = lowering.mask(node.meta[AHEAD].source), window_of(first)
+        find = _find_candidates(lowering, first, source, None, window, _same(others))
         find.meta[BESIDE] = first.meta[LIST]
+    for made in node.meta.get(BLOCK, ()):
+        first, *others = made.readers
+        source = lowering.mask(made.source)
+        find = _find_candidates(lowering, first, source, None, made.window, _same(others))
+        if first is not node:
+            find.meta[BESIDE] = first.meta[LIST]
     if FURTHER in node.meta:
-        _find_candidates(lowering, node, node.kwargs["x"], node.meta[FURTHER])
+        residual = own["residual_mask"] if node.kwargs.get("residual") is not None else None
+        further = node.meta[FURTHER]
+        _find_candidates(lowering, node, own["x_mask"], residual, window_of(node), further)
     schema = op.operator._schema
     args = [own[a.name] if a.name in own else _absent(a) for a in schema.arguments]
     lowered = lowering.graph.call_function(op.operator, tuple(args))
@@ -156,23 +166,34 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
         lowered.meta[BESIDE] = node.meta[BESIDE]
 
 
+def _same(readers: Sequence[fx.Node]) -> tuple[FurtherList, ...]:
+    """Of others that read the same list."""
+    return tuple(FurtherList(reader, None, 1) for reader in readers)
+
+
 def _find_candidates(
-    lowering: _Lowering, node: fx.Node, source: fx.Node, further_lists: Sequence[FurtherList]
+    lowering: _Lowering,
+    node: fx.Node,
+    source: fx.Node,
+    residual: fx.Node | None,
+    window: Window,
+    further_lists: Sequence[FurtherList],
 ) -> fx.Node:
     """The call that lists the candidates of a convolution and of those behind it.
 
     Args:
         lowering: The new graph.
         node: The convolution.
-        source: Whose active sites its windows are to touch.
+        source: The mask that the windows of its sites are to touch.
+        residual: The mask whose sites are candidates as well.
+        window: Of its sites.
         further_lists: Those that are made along.
     """
-    window, residual = window_of(node), node.kwargs.get("residual")
     args: list[Any] = [
         lowering.attribute(list_name(node.meta[LIST])),
         lowering.attribute(counts_name(node.name)),
-        lowering.mask(source),
-        None if residual is None else lowering.mask(residual),
+        source,
+        residual,
         *window,
     ]
     for further in further_lists:

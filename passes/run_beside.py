@@ -11,8 +11,8 @@ beside others, each stands right behind what it reads, and the plan has a list f
 A convolution of few candidates takes a part of the GPU and about the same time whatever its size.
 Whoever captures a frame may let `d` start together with `b` and wait for it no sooner than at `e`
 (`deltafx.beside`). What `d` writes is its own until then: a slot with nobody else's place in it,
-and its list. What it reads is written by nobody meanwhile. One that reads another of them, or is
-read by one, stays in its row. CUDA only.
+and its list. What it reads is written by nobody meanwhile. So neither is a map that is not kept.
+One that reads another of them, or is read by one, stays in its row. CUDA only.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def _best(graph: fx.Graph, plan: StatePlan) -> tuple[fx.Node, fx.Node] | None:
         if node.name not in alone:
             continue  # an update mask that others write into as well
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if not all(n.meta.get("delta") for n in inputs):
-            continue  # memory of a dense call, which another may get next
+        if not all(n.meta.get("delta") and plan.kept(n.name) for n in (node, *inputs)):
+            continue  # memory of a dense call, or not kept: which another may get next
         if any(BESIDE in n.meta for n in (*inputs, *node.users)):
             continue
         source = max(inputs, key=order.__getitem__)

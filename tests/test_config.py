@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 import deltafx
-from deltafx.errors import DeltafxError, InvalidInputError, InvalidOptionError, TrainModeError
+from deltafx.errors import (
+    DeltafxError,
+    InvalidInputError,
+    InvalidOptionError,
+    StateLimitWarning,
+    TrainModeError,
+)
 from tests.exactness import exact_over
 
 
@@ -37,6 +43,7 @@ def test_one_line_without_options():
         {"policy": "max", "input_block": 1},
         {"input_block": 5, "scale_floor": 1.0, "max_states": 1},
         {"refresh_every": 3, "threshold": 0.5},
+        {"max_state_bytes": 1 << 30},
     ],
 )
 def test_every_option(options):
@@ -51,6 +58,20 @@ def test_every_option(options):
             assert getattr(compiled.config, name) == options[name]
     compiled.thresholds.set_all(0)
     exact_over(model, compiled, frames())
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, "1GB"])
+def test_a_limit_that_is_none_is_refused(limit):
+    with pytest.raises(InvalidOptionError, match="max_state_bytes"):
+        deltafx.compile(small(), max_state_bytes=limit)
+
+
+def test_a_limit_that_cannot_be_held_is_told():
+    with torch.device("cpu"):
+        model, (first, *_) = small(), frames()
+        with pytest.warns(StateLimitWarning, match="max_state_bytes is 1000"):
+            compiled = deltafx.compile(model, threshold=0, max_state_bytes=1000)(first)
+    assert torch.allclose(compiled, model(first), atol=1e-5)
 
 
 def test_the_input_threshold_is_for_the_input():

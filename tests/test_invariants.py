@@ -103,6 +103,7 @@ def raised_graph(compiled: deltafx.DeltaModule, frame: torch.Tensor) -> fx.Graph
     context = Context(compiled.config)
     run_pipeline(gm, context)
     assert context.plan == compiled._require().instance.plan
+    gm.meta["plan"] = context.plan
     return gm
 
 
@@ -120,8 +121,10 @@ def evaluate(gm: fx.GraphModule, compiled: deltafx.DeltaModule, frame: torch.Ten
         elif node.meta.get("delta"):
             args = fx.node.map_arg(node.kwargs, known.__getitem__)
             wide = pytree.tree_map_only(torch.Tensor, lambda t: t.double(), args)
-            found[node] = node.target(**wide), node.target(**args)
-            known[node] = compiled.accumulator(node.name)
+            known[node] = node.target(**args)
+            if gm.meta["plan"].kept(node.name):
+                found[node] = node.target(**wide), known[node]
+                known[node] = compiled.accumulator(node.name)
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)

@@ -24,8 +24,8 @@ Mask mask_alone(const Tensor& t, const Tensor& memory, const char* name) {
 void find_candidates(const Tensor& memory, const Tensor& counts, const Tensor& x_mask,
                      const OptionalTensor& residual_mask, at::IntArrayRef kernel,
                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                     const Tensor& memory_1, const Tensor& counts_1, const OptionalTensor& mask_1,
-                     int64_t stride_1, const OptionalTensor& memory_2,
+                     const OptionalTensor& memory_1, const OptionalTensor& counts_1,
+                     const OptionalTensor& mask_1, int64_t stride_1, const OptionalTensor& memory_2,
                      const OptionalTensor& counts_2, const OptionalTensor& mask_2,
                      int64_t stride_2) {
   cuda::ConvListLaunch launch{};
@@ -69,9 +69,10 @@ void find_candidates(const Tensor& memory, const Tensor& counts, const Tensor& x
         "deltafx: the mask of a further list is ", mask->sizes(), " but the result [", n, ", ",
         launch.h, ", ", launch.w, "] and its stride ", its_stride);
   };
-  add(memory_1, counts_1, mask_1, stride_1);
-  TORCH_CHECK_VALUE(memory_2.has_value() == counts_2.has_value(),
-                    "deltafx: memory_2 and counts_2 go together");
+  TORCH_CHECK_VALUE(memory_1.has_value() == counts_1.has_value() &&
+                        memory_2.has_value() == counts_2.has_value(),
+                    "deltafx: the memory and the counts of a further list go together");
+  if (memory_1.has_value()) add(*memory_1, *counts_1, mask_1, stride_1);
   if (memory_2.has_value()) add(*memory_2, *counts_2, mask_2, stride_2);
   run_on_cuda(memory, [&](cudaStream_t stream) { return cuda::list_conv(launch, stream); });
 }
@@ -106,7 +107,8 @@ TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def(
       "find_candidates(Tensor(a!) memory, Tensor(b!) counts, Tensor x_mask, "
       "Tensor? residual_mask, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
-      "Tensor(c!) memory_1, Tensor(d!) counts_1, Tensor? mask_1, int stride_1, "
+      "Tensor(c!)? memory_1=None, Tensor(d!)? counts_1=None, Tensor? mask_1=None, "
+      "int stride_1=1, "
       "Tensor(e!)? memory_2=None, Tensor(f!)? counts_2=None, Tensor? mask_2=None, "
       "int stride_2=1) -> ()",
       {at::Tag::pt2_compliant_tag});

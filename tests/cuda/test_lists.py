@@ -53,9 +53,11 @@ def check_list(memory: Tensor, counts: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("seed", range(36))
 def test_lists_hold_the_windows_and_more(seed: int) -> None:
     rng = random.Random(seed)
-    k, stride, dilation = rng.choice((1, 3, 3, 5, 7)), rng.choice((1, 2)), rng.choice((1, 1, 2))
+    k, stride = rng.choice((1, 3, 3, 5, 7, 13, 17)), rng.choice((1, 2, 4))
+    dilation = rng.choice((1, 1, 2)) if k < 9 else 1
     padding = k // 2 * dilation
-    n, h, w = rng.randint(1, 3), rng.randint(9, 90), rng.choice((16, 96, 100, rng.randint(9, 200)))
+    n, h = rng.randint(1, 3), rng.randint(9, 90)
+    w = rng.choice((16, 96, 100, rng.randint(9, 200)))
     x = random_mask(n, h, w, rng.choice((0, 0.03, 1)))
     ones = torch.ones(1, 1, k, k, device="cuda")
     windows = F.conv2d(x[:, None].float(), ones, None, stride, padding, dilation)[:, 0] > 0.5
@@ -73,14 +75,15 @@ def test_lists_hold_the_windows_and_more(seed: int) -> None:
         mask = random_mask(n, *larger) if rng.random() < 0.7 else None
         further += [memory, counts, mask, step]
         expected.append(own if mask is None else own | mask[:, ::step, ::step])
-    ops.find_candidates(
-        *lists[0], x, residual, [k, k], [stride, stride], [padding, padding],
-        [dilation, dilation], *further,
-    )  # fmt: skip
+    window = ([k, k], [stride, stride], [padding, padding], [dilation, dilation])
+    ops.find_candidates(*lists[0], x, residual, *window, *further)
     for (memory, counts), sites in zip(lists, expected, strict=False):
         check_list(memory, counts, sites)
     if further[0] is lists[0][0]:
         assert torch.equal(readers, lists[0][1]), "of the other reader of the same list"
+    alone = a_list(n, oh, ow)
+    ops.find_candidates(*alone, x, residual, *window)
+    check_list(*alone, own)
 
 
 def test_what_does_not_fit_is_refused() -> None:

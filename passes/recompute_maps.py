@@ -1,0 +1,348 @@
+"""recompute_maps: a state that is to be small keeps fewer accumulators.
+
+Enters: the planned graph. Leaves: the same calls, and where the state would be larger than the user
+wants, inner maps of blocks that are not kept: what a block gives is computed from what it reads,
+and its inner maps with it, wherever that needs them, in scratch memory that all blocks share.
+
+    m = conv2d(x=s, weight=1x1)                at 5x5 around what s changed, not kept
+    n = conv2d(x=m, weight=3x3)                at 3x3 around it, not kept
+    o = conv2d(x=n, weight=1x1, residual=s)    at 3x3 around it, compared and kept
+
+A block is everything between two maps: all that is computed of `source` on its way to `output`, and
+read by nobody else. It may hold others. A site of `output` is a candidate where what it depends on
+of `source` changed; a site of a map within the block is computed where one of these candidates
+depends on it. Both are windows over the source's active sites, so their lists are found from its
+mask at once. Nothing is truncated within. CUDA only, where operators go by lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from torch import fx
+
+from deltafx.ops import is_view
+from deltafx.ops.base import value
+from deltafx.ops.conv2d import conv2d, macs_per_site
+from deltafx.passes.context import Context
+from deltafx.passes.share_lists import LIST, MOST_FURTHER, Window, window_of
+from deltafx.state import Slot, StatePlan, list_room
+
+BLOCK = "block"
+"""In `meta` of the first convolution of a block: the `BlockList`s to be made before it."""
+
+MOST_INNER = 24  # maps within a block; where it is larger, it is computed around much that is still
+
+SHARE = 0.22
+"""Of a side of the picture: the square that is taken to change when blocks are chosen."""
+
+ALIGNED = 256  # bytes, of a map in the scratch memory
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockList:
+    """Sites at which some convolutions of a block are computed.
+
+    Attributes:
+        source: Whose active sites the windows touch.
+        window: Of a site, over the source.
+        readers: Who is computed there, in order.
+    """
+
+    source: fx.Node
+    window: Window
+    readers: tuple[fx.Node, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """In y or x: a site `i` of one map depends on `step * i + first` to `step * i + last`."""
+
+    step: int
+    first: int
+    last: int
+
+    def through(self, kernel: int, stride: int, padding: int, dilation: int) -> Reach:
+        """The same over what a convolution reads of whose result this is."""
+        last = self.last * stride - padding + (kernel - 1) * dilation
+        return Reach(self.step * stride, self.first * stride - padding, last)
+
+
+Reaches = tuple[Reach, Reach]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A part of the graph of which only the last map may be kept.
+
+    Attributes:
+        source: Which map it reads.
+        inner: The convolutions whose maps are not kept, in order.
+        output: The one whose map is.
+        windows: Of each of these, over the source.
+        offsets: Of the inner maps in the scratch memory, in their order.
+        scratch: Bytes of these together.
+        lists: Bytes of its lists.
+        saved: Bytes of the accumulators that need not be kept.
+        extra: Multiply-adds more, where `SHARE` of the picture changed.
+    """
+
+    source: fx.Node
+    inner: tuple[fx.Node, ...]
+    output: fx.Node
+    windows: Mapping[fx.Node, Window]
+    offsets: tuple[int, ...]
+    scratch: int
+    lists: int
+    saved: int
+    extra: float
+
+    @property
+    def calls(self) -> tuple[fx.Node, ...]:
+        """All of its convolutions, in order."""
+        return (*self.inner, self.output)
+
+
+def recompute_maps(gm: fx.GraphModule, context: Context) -> int:
+    """Chooses blocks; returns how many maps are not kept."""
+    plan, limit = context.plan, context.config.max_state_bytes
+    if limit is None or not plan.lists or plan.bytes() <= limit:
+        return 0
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    blocks = tuple(_blocks(gm.graph, order, plan, context.config.thresholds))
+    chosen = _choose(blocks, order, plan.bytes() - limit)
+    for block in chosen:
+        context.plan = _apply(block, context.plan, len(plan.lists))
+    return sum(len(block.inner) for block in chosen)
+
+
+def _blocks(
+    graph: fx.Graph, order: Mapping[fx.Node, int], plan: StatePlan, given: Iterable[str]
+) -> Iterator[Block]:
+    """All blocks of a graph but for the largest; nodes with a threshold of their own are kept."""
+    alone = plan.alone()
+    inner = {
+        n for n in graph.nodes
+        if n.target is conv2d and n.meta.get("delta") and n.name in alone
+    }  # fmt: skip
+    never = set(given)
+    for source in graph.nodes:
+        if not source.meta.get("delta") or is_view(source) or source.name not in alone:
+            continue
+        before: dict[fx.Node, frozenset[fx.Node]] = {source: frozenset()}
+        # All that is computed of the source alone, as far as a block may go.
+        for node in list(graph.nodes)[order[source] + 1 :]:
+            if node not in inner or not all(n in before for n in _maps_of(node)):
+                continue
+            within = frozenset().union(*(before[n] | {n} for n in _maps_of(node))) - {source}
+            if len(within) > MOST_INNER:
+                break
+            before[node] = within
+            closed = all(user in within or user is node for n in within for user in n.users)
+            if within and closed and not any(n.name in never for n in within):
+                block = _block(source, tuple(sorted(within, key=order.__getitem__)), node, plan)
+                if block is not None:
+                    yield block
+
+
+def _maps_of(node: fx.Node) -> list[fx.Node]:
+    """The maps that a convolution reads."""
+    found = (node.kwargs["x"], node.kwargs.get("residual"))
+    return [n for n in found if isinstance(n, fx.Node)]
+
+
+def _block(
+    source: fx.Node, inner: tuple[fx.Node, ...], output: fx.Node, plan: StatePlan
+) -> Block | None:
+    """The block of these nodes, if one step leads from each of its maps to the next."""
+    reaches = _reaches(source, inner, output)
+    if reaches is None:
+        return None
+    calls = (*inner, output)
+    windows = {node: _window(node, source, reaches) for node in calls}
+    slots = [plan.slots[n.name] for n in inner]
+    offsets = _offsets(slots, [_last_reader(n, calls) for n in inner])
+    scratch = max(o + slot.map_bytes for o, slot in zip(offsets, slots, strict=True))
+    extra = sum(macs_per_site(n) * (_sites(n, windows[n]) - _sites(n, window_of(n))) for n in calls)
+    saved = sum(slot.map_bytes for slot in slots)
+    lists = sum(4 * _room(found, plan) for found in _lists(source, calls, windows))
+    return Block(source, inner, output, windows, offsets, scratch, lists, saved, extra)
+
+
+def _reaches(
+    source: fx.Node, inner: tuple[fx.Node, ...], output: fx.Node
+) -> dict[fx.Node, Reaches] | None:
+    """What a site of the output depends on of each map; none, where that is no one step."""
+    one = Reach(1, 0, 0)
+    found: dict[fx.Node, Reaches] = {output: (one, one)}
+    for user in (output, *reversed(inner)):
+        window = window_of(user)
+        y, x = (
+            reach.through(*numbers)
+            for reach, numbers in zip(found[user], zip(*window, strict=True), strict=True)
+        )
+        reads = [(user.kwargs["x"], (y, x))]
+        if user.kwargs.get("residual") is not None:
+            reads.append((user.kwargs["residual"], found[user]))
+        for node, more in reads:
+            known = found.get(node, more)
+            if any(a.step != b.step for a, b in zip(known, more, strict=True)):
+                return None
+            found[node] = tuple(  # type: ignore[assignment]
+                Reach(a.step, min(a.first, b.first), max(a.last, b.last))
+                for a, b in zip(known, more, strict=True)
+            )
+    whole = all(
+        s.step % n.step == 0
+        for node in inner
+        for s, n in zip(found[source], found[node], strict=True)
+    )
+    return found if whole else None
+
+
+def _window(node: fx.Node, source: fx.Node, reaches: Mapping[fx.Node, Reaches]) -> Window:
+    """Of a site of a node: whatever the candidates depend on that depend on the site."""
+    sizes = zip(value(source).shape[2:], value(node).shape[2:], strict=True)
+    axes = zip(reaches[source], reaches[node], sizes, strict=True)
+    y, x = (_axis(of_source, of_node, *size) for of_source, of_node, size in axes)
+    return Window(*(list(pair) for pair in zip(y, x, strict=True)))
+
+
+def _axis(of_source: Reach, of_node: Reach, size: int, result: int) -> tuple[int, int, int, int]:
+    """Kernel, stride, padding and dilation of the least window with a result of that size."""
+    stride = of_source.step // of_node.step
+    padding = max(0, stride * of_node.last - of_source.first)
+    kernel = max(1, padding + of_source.last - stride * of_node.first + 1)
+    while (size + 2 * padding - kernel) // stride + 1 < result:
+        padding, kernel = padding + 1, kernel + 1
+    while (size + 2 * padding - kernel) // stride + 1 > result:
+        kernel += 1
+    return kernel, stride, padding, 1
+
+
+def _sites(node: fx.Node, window: Window) -> float:
+    """At how many sites of a stream a node is computed, where `SHARE` of its source changed."""
+    found = 1.0
+    axes = zip(value(node).shape[2:], *window[:2], window.dilation, strict=True)
+    for size, kernel, stride, dilation in axes:
+        found *= min(size, SHARE * size + (kernel - 1) * dilation / stride)
+    return found
+
+
+def _last_reader(node: fx.Node, calls: Sequence[fx.Node]) -> int:
+    """Where the last call stands that reads a node."""
+    return max(i for i, call in enumerate(calls) if call in node.users)
+
+
+def _offsets(slots: Sequence[Slot], read_until: Sequence[int]) -> tuple[int, ...]:
+    """Where maps lie of which each is there from its own call to its last reader's."""
+    offsets: list[int] = []
+    for i, slot in enumerate(slots):
+        taken = sorted(
+            (offsets[j], offsets[j] + slots[j].map_bytes) for j in range(i) if read_until[j] >= i
+        )
+        offset = 0
+        for first, end in taken:
+            if offset + slot.map_bytes <= first:
+                break
+            offset = max(offset, -(-end // ALIGNED) * ALIGNED)
+        offsets.append(offset)
+    return tuple(offsets)
+
+
+def _choose(
+    blocks: Sequence[Block], order: Mapping[fx.Node, int], wanted: int
+) -> tuple[Block, ...]:
+    """Blocks that do not overlap and take `wanted` bytes off the state, for few multiply-adds.
+
+    Where none do, those that take off the most.
+    """
+    found: list[tuple[bool, float, tuple[Block, ...]]] = []
+    for scratch in sorted({block.scratch for block in blocks}):
+        fitting = [block for block in blocks if block.scratch <= scratch]
+        low, high = 0.0, 1e12  # multiply-adds for a byte
+        best = _dearest(fitting, order, high)
+        if _off(best) >= wanted:
+            for _ in range(60):
+                price = math.sqrt(max(low, 1e-12) * high)
+                tried = _dearest(fitting, order, price)
+                if _off(tried) >= wanted:
+                    best, high = tried, price
+                else:
+                    low = price
+        enough = _off(best) >= wanted
+        found.append((enough, -sum(b.extra for b in best) if enough else _off(best), best))
+    return max(found, key=lambda f: f[:2], default=(False, 0.0, ()))[2]
+
+
+def _off(blocks: Sequence[Block]) -> int:
+    """How many bytes blocks take off the state."""
+    saved = sum(block.saved for block in blocks)
+    return saved - max((b.scratch + b.lists for b in blocks), default=0)
+
+
+def _dearest(
+    blocks: Sequence[Block], order: Mapping[fx.Node, int], price: float
+) -> tuple[Block, ...]:
+    """Blocks one behind another that are worth the most, at a price in multiply-adds for a byte."""
+    by_end = sorted(blocks, key=lambda b: order[b.output])
+    ends = [order[b.output] for b in by_end]
+    worth: list[float] = [0.0]
+    taken: list[bool] = []
+    for i, block in enumerate(by_end):
+        before = bisect_right(ends, order[block.inner[0]] - 1, hi=i)
+        gain = worth[before] + block.saved * price - block.extra
+        taken.append(gain > worth[i])
+        worth.append(max(gain, worth[i]))
+    chosen: list[Block] = []
+    i = len(by_end)
+    while i > 0:
+        i -= 1
+        if taken[i]:
+            chosen.append(by_end[i])
+            i = bisect_right(ends, order[by_end[i].inner[0]] - 1, hi=i)
+    return tuple(reversed(chosen))
+
+
+def _apply(block: Block, plan: StatePlan, first: int) -> StatePlan:
+    """The plan in which the inner maps of a block are not kept; `first`: the first list for it."""
+    slots, truncating = dict(plan.slots), dict(plan.truncating)
+    for node, offset in zip(block.inner, block.offsets, strict=True):
+        slots[node.name] = dataclasses.replace(slots[node.name], scratch=offset)
+        node.meta["truncates"] = False
+        truncating.pop(node.name, None)
+    lists = list(plan.lists)
+    made = _lists(block.source, block.calls, block.windows)
+    for i, found in enumerate(made, first):
+        for reader in found.readers:
+            reader.meta[LIST] = i
+        if i == len(lists):
+            lists.append(0)
+        lists[i] = max(lists[i], _room(found, plan))
+    block.inner[0].meta[BLOCK] = made
+    return dataclasses.replace(plan, slots=slots, truncating=truncating, lists=tuple(lists))
+
+
+def _lists(
+    source: fx.Node, calls: Sequence[fx.Node], windows: Mapping[fx.Node, Window]
+) -> tuple[BlockList, ...]:
+    """One for each window; the list that is read first comes last."""
+    readers: dict[str, list[fx.Node]] = {}
+    for node in calls:
+        readers.setdefault(str(windows[node]), []).append(node)
+    most = 1 + MOST_FURTHER
+    parts = [of[i : i + most] for of in readers.values() for i in range(0, len(of), most)]
+    made = [BlockList(source, windows[of[0]], tuple(of)) for of in parts]
+    return (*made[1:], made[0])
+
+
+def _room(found: BlockList, plan: StatePlan) -> int:
+    """How many ints a list takes up."""
+    slot = plan.slots[found.readers[0].name]
+    return list_room(slot.sites, slot.shape[0])
+
+
+__all__ = ["BLOCK", "BlockList", "recompute_maps"]

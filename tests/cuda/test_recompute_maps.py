@@ -1,0 +1,159 @@
+"""A state of fewer accumulators, on CUDA: blocks whose inner maps are computed anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import deltafx
+from deltafx.errors import StateLimitWarning, UnknownNodeError
+from tests.bottleneck import Bottleneck
+from tests.cuda.test_lists import HALVES, blocks, clip
+from tests.exactness import exact_over
+from tests.nets import Net, nets
+from tests.scenes import Scene, scenes
+from tests.test_invariants import check_bounded, check_exact, examples
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore::deltafx.errors.StateLimitWarning"),
+]
+
+LEAST = {"max_state_bytes": 1}
+"""As few accumulators as can be."""
+
+
+class Inverted(nn.Module):
+    """A block of MobileNetV2."""
+
+    def __init__(self, cin: int, cout: int, stride: int = 1) -> None:
+        super().__init__()
+        self.one, self.three = nn.Conv2d(cin, 6 * cin, 1), nn.Conv2d(6 * cin, cout, 1)
+        self.two = nn.Conv2d(6 * cin, 6 * cin, 3, stride, 1, groups=6 * cin)
+        self.adds = cin == cout and stride == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.three(self.two(self.one(x).clamp(0, 6)).clamp(0, 6))
+        return y + x if self.adds else y
+
+
+def inverted() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, 2, 1), nn.ReLU(), Inverted(24, 24), Inverted(24, 40, 2),
+        Inverted(40, 40), nn.Conv2d(40, 130, 1),
+    ).eval().cuda()  # fmt: skip
+
+
+def not_kept(compiled: deltafx.DeltaModule) -> list[str]:
+    return [node.name for node in compiled.explain() if node.reason.startswith("not kept")]
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("make", [blocks, inverted], ids=["bottlenecks", "inverted"])
+def test_a_small_state_is_exact(make: Any, dtype: torch.dtype) -> None:
+    net = make().to(dtype)
+    for options in ({"dense_above": 1}, {"cuda_graph": False}, {}, {"dense_above": 0}):
+        compiled = deltafx.compile(net, threshold=0, **LEAST, **options)  # type: ignore[arg-type]
+        exact_over(net, compiled, clip(dtype))
+        assert len(not_kept(compiled)) >= 6
+        compiled.reset()
+        exact_over(net, compiled, clip(dtype)[:3])
+        compiled.reset(1)
+        exact_over(net, compiled, clip(dtype)[2:5])
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("make", [blocks, inverted], ids=["bottlenecks", "inverted"])
+def test_a_small_state_changes_nothing(make: Any, dtype: torch.dtype) -> None:
+    """Bit for bit, where nothing is truncated."""
+    net = make().to(dtype)
+    kept, least = (
+        deltafx.compile(net, threshold=0, dense_above=1, **options) for options in ({}, LEAST)
+    )
+    frames = clip(dtype, 10)
+    for i, frame in enumerate([*frames, frames[-1]]):
+        assert torch.equal(kept(frame), least(frame)), i
+        if i == 7:
+            for compiled in (kept, least):
+                compiled.reset(0)
+    assert least.state_bytes() < kept.state_bytes()
+    assert not any(n.candidates for n in list(least.stats().nodes.values())[1:]), "a static frame"
+    some = not_kept(least)
+    with pytest.raises(UnknownNodeError, match="is not kept"):
+        least.accumulator(some[0])
+    assert not set(some) & set(least.thresholds)
+    assert len(some) + len(least.thresholds) >= len(kept.thresholds)
+
+
+def test_a_limit_is_held() -> None:
+    net = blocks().half()
+    frames = clip(torch.float16)
+    everything = deltafx.compile(net).state_bytes(frames[0])
+    with pytest.warns(StateLimitWarning, match="max_state_bytes is 1"):
+        least = deltafx.compile(net, **LEAST).state_bytes(frames[0])
+    limit = (everything + least) // 2
+    compiled = deltafx.compile(net, max_state_bytes=limit, dense_above=1)
+    compiled(frames[0])
+    assert least <= compiled.state_bytes() <= limit
+    tensors = compiled.state_tensors().values()
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert sum(sizes.values()) == compiled.state_bytes()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_small_state_is_bounded(seed: int, device: torch.device) -> None:
+    """What is kept is never farther than its threshold from the function of what is kept."""
+    events = ("box", "noise", "box", "box", "static", "box", "noise", "box", "reset stream", "box")
+    scene = Scene(events, seed)
+    net = (blocks, inverted)[seed % 2]()
+    dtype = HALVES[seed // 4 % 2]
+    check_bounded((net, (3, 70, 90)), scene, 0.5, "rms", 1, dtype, device, dense_above=1, **LEAST)
+
+
+@given(made=nets(), scene=scenes(), streams=st.integers(1, 3), half=st.booleans())
+@examples(25)
+def test_a_small_state_of_any_net_is_exact(
+    made: tuple[Net, tuple[int, int, int]], scene: Scene, streams: int, half: bool,
+    device: torch.device,
+) -> None:  # fmt: skip
+    dtype = torch.bfloat16 if half else torch.float32
+    check_exact(made, scene, streams, dtype, device, **LEAST)
+
+
+def test_streams_in_a_small_state_do_not_touch_each_other() -> None:
+    net = blocks().half()
+    frames = clip(torch.float16)
+    together = deltafx.compile(net, dense_above=1, **LEAST).calibrate(frames[:1])
+    alone = [deltafx.compile(net, dense_above=1, **LEAST) for _ in range(2)]
+    for compiled in alone:
+        compiled.calibrate([frames[0][:1], frames[0][1:]])
+    for frame in frames:
+        both = together(frame)
+        for i, compiled in enumerate(alone):
+            assert torch.equal(both[i : i + 1], compiled(frame[i : i + 1]))
+
+
+def test_a_small_state_takes_less_memory() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU(), Bottleneck(64, 64), Bottleneck(256, 64),
+        Bottleneck(256, 64), Bottleneck(256, 64),
+    ).eval().cuda().half()  # fmt: skip
+    frame = torch.randn(4, 3, 256, 256, device="cuda", dtype=torch.float16)
+    peaks = []
+    for options in ({}, LEAST):
+        compiled = deltafx.compile(net, **options)  # type: ignore[arg-type]
+        for _ in range(3):
+            compiled(frame)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        compiled(frame)
+        peaks.append(torch.cuda.max_memory_allocated())
+        del compiled
+    assert peaks[1] < 0.8 * peaks[0]
