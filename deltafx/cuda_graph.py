@@ -185,7 +185,7 @@ class FrameGraph:
         """
         if self.branch() == "dense":
             plan = self._plan
-            sites = [plan.slots[plan.places[node].slot].sites for node in plan.nodes]
+            sites = [plan.slots[plan.places[node].slot].sites for node, _ in plan.rows()]
             self._tensors[MASKS].fill_(True)
             self._tensors[COUNTS].copy_(torch.tensor([[n, 0] for n in sites], device=plan.device))
 

@@ -161,13 +161,18 @@ def _parts(plan: StatePlan) -> dict[str, tuple[str, list[tuple[Any, ...]]]]:
         first = starts[slot.name]
         cut = (aten.slice.Tensor, 0, first, first + slot.sites)
         parts[mask_name(slot.name)] = (MASKS, [cut, (aten.view.default, [n, h, w])])
+    for name, part in plan.parts():
+        n = plan.slots[name].shape[0]
+        some = (aten.slice.Tensor, 0, part.first(n), part.first(n) + n // part.count)
+        parts[acc_name(name, part)] = (acc_name(name), [some])
+        parts[mask_name(name, part)] = (mask_name(name), [some])
     for place in plan.places.values():
         name, base = place_name(plan, place), acc_name(place.slot)
         if name != base:
             end = place.start + place.channels
             parts[name] = (base, [(aten.slice.Tensor, 1, place.start, end)])
-    for i, node in enumerate(plan.nodes):
-        parts[counts_name(node)] = (COUNTS, [(aten.select.int, 0, i)])
+    for i, (node, part) in enumerate(plan.rows()):  # type: ignore[assignment]
+        parts[counts_name(node, part)] = (COUNTS, [(aten.select.int, 0, i)])
     first = 0
     for i, (node, channels) in enumerate(plan.truncating.items()):
         parts[threshold_name(node)] = (THRESHOLDS, [(aten.select.int, 0, i)])

@@ -35,7 +35,15 @@ from deltafx.passes.emit_instance import Instance, emit_instance
 from deltafx.passes.insert_casts import autocast_state, no_autocast
 from deltafx.passes.share_constants import ConstantPool
 from deltafx.passes.trace_model import TracedModel, trace_model
-from deltafx.state import THRESHOLDS, acc_name, allocate, frame_counts, lose_state, mask_name
+from deltafx.state import (
+    THRESHOLDS,
+    StatePlan,
+    acc_name,
+    allocate,
+    frame_counts,
+    lose_state,
+    mask_name,
+)
 from deltafx.stats import Explanation, Stats, make_stats
 from deltafx.thresholds import Thresholds
 
@@ -221,7 +229,7 @@ class DeltaModule(Compiled, fx.GraphModule):
             return
         chosen = [streams] if isinstance(streams, int) else list(streams)
         plan = self._current.instance.plan
-        for slot in plan.slots.values():
+        for slot in (s for s in plan.slots.values() if s.scratch is None):
             if any(not -slot.shape[0] <= s < slot.shape[0] for s in chosen):
                 raise InvalidInputError(f"streams {chosen}: there are {slot.shape[0]} streams")
         lose_state(plan, self._current.buffers, chosen)
@@ -271,6 +279,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         name = node if node is not None else next(iter(plan.nodes), None)
         if name not in plan.places:
             raise UnknownNodeError(f"no delta node {name!r}; see explain() for the names")
+        _check_kept(plan, name)
         return _settled(self._require())[mask_name(plan.places[name].slot)].clone()
 
     @override
@@ -279,11 +288,7 @@ class DeltaModule(Compiled, fx.GraphModule):
         place = compiled.instance.plan.places.get(node)
         if place is None:
             raise UnknownNodeError(f"no delta node {node!r}; see explain() for the names")
-        if not compiled.instance.plan.kept(node):
-            raise UnknownNodeError(
-                f"the map of {node!r} is not kept, for the state to be no larger than "
-                "max_state_bytes"
-            )
+        _check_kept(compiled.instance.plan, node)
         whole = compiled.buffers[acc_name(place.slot)]
         return whole[:, place.start : place.start + place.channels].clone()
 
@@ -482,6 +487,13 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
     """The dictionaries that hold the weights and the modules of a model."""
     groups = (g for m in model.modules() for g in (m._parameters, m._buffers, m._modules))
     return [group for group in groups if group and isinstance(group, dict)]  # TorchScript's: none
+
+
+def _check_kept(plan: StatePlan, node: str) -> None:
+    if not plan.kept(node):
+        raise UnknownNodeError(
+            f"the map of {node!r} is not kept, for the state to be no larger than max_state_bytes"
+        )
 
 
 def _settled(compiled: _Compiled) -> dict[str, Tensor]:

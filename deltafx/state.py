@@ -30,7 +30,8 @@ class Slot:
         shape: [N, C, H, W].
         dtype: Of the accumulator.
         scratch: Where the accumulator begins in the scratch memory, in bytes; slots may overlap
-            there, so nothing of it is left to the next frame. `None`: it has memory of its own.
+            there, so nothing of it is left to the next frame, and streams may take turns in it:
+            then N is how many there are at a time. `None`: it has memory of its own.
     """
 
     name: str
@@ -59,6 +60,22 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """Some of the streams: part `index` of `count` of equal size."""
+
+    index: int
+    count: int
+
+    def of(self, t: Tensor) -> Tensor:
+        """These streams of a tensor whose first dimension they are."""
+        return t[self.first(t.shape[0]) : self.first(t.shape[0]) + t.shape[0] // self.count]
+
+    def first(self, streams: int) -> int:
+        """The first of them."""
+        return streams // self.count * self.index
+
+
+@dataclasses.dataclass(frozen=True)
 class StatePlan:
     """Everything a state consists of.
 
@@ -73,6 +90,10 @@ class StatePlan:
         lists: On CUDA, int32s of each list of candidates. The first is every operator's in turn;
             of the others `run_beside`, `list_ahead` and `share_lists` say whose they are. None on
             the CPU.
+        turns: In how many parts, where that is more than one, the streams are computed one after
+            another, by the names of nodes; each part has a row of `counts`, behind all others.
+        seen_in_parts: Slots that such nodes read or write without being theirs alone, with the
+            number of parts.
     """
 
     slots: dict[str, Slot]
@@ -82,6 +103,18 @@ class StatePlan:
     workspaces: dict[str, tuple[int, ...]]
     device: torch.device
     lists: tuple[int, ...] = ()
+    turns: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    seen_in_parts: frozenset[tuple[str, int]] = frozenset()
+
+    def rows(self) -> tuple[tuple[str, Part | None], ...]:
+        """Whose the rows of `counts` are: those of the nodes, then those of further parts."""
+        more = ((n, Part(i, count)) for n, count in self.turns.items() for i in range(1, count))
+        return (*((n, None) for n in self.nodes), *more)
+
+    def parts(self) -> tuple[tuple[str, Part], ...]:
+        """The parts of slots that are seen in parts."""
+        split = sorted(self.seen_in_parts)
+        return tuple((slot, Part(i, count)) for slot, count in split for i in range(count))
 
     def first_sites(self) -> dict[str, int]:
         """Where each slot's mask begins in the arena of masks, by its name."""
@@ -111,7 +144,7 @@ class StatePlan:
 
     def bytes(self) -> int:
         """Bytes of all tensors that `allocate` makes."""
-        rows = 16 * len(self.nodes) + 4 * len(self.truncating)
+        rows = 16 * len(self.rows()) + 4 * len(self.truncating)
         scales = 4 * sum(map(scale_room, self.truncating.values()))
         work = 4 * sum(math.prod(shape) for shape in self.workspaces.values())
         lists = 4 * sum(self.lists)
@@ -139,7 +172,7 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
         SCALES: torch.ones(sum(map(scale_room, plan.truncating.values())), device=device),
     }
     if shared := plan.scratch_bytes():
-        made[SCRATCH] = torch.zeros(shared, dtype=torch.uint8, device=device)
+        made[SCRATCH] = torch.full((shared,), 255, dtype=torch.uint8, device=device)  # NaNs
     for slot in plan.slots.values():
         n, c, h, w = slot.shape
         if slot.scratch is None:
@@ -155,6 +188,8 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
             if place.channels == whole.shape[1]
             else whole[:, place.start : place.start + place.channels]
         )
+    for name, part in plan.parts():
+        made[acc_name(name, part)] = part.of(made[acc_name(name)])
     first = 0
     for i, (node, channels) in enumerate(plan.truncating.items()):
         made[threshold_name(node)] = made[THRESHOLDS][i]
@@ -176,14 +211,16 @@ def allocate_frame(plan: StatePlan) -> dict[str, Tensor]:
         MASKS: torch.zeros(
             sum(mask_room(s.sites) for s in plan.slots.values()), dtype=torch.bool, device=device
         ),
-        COUNTS: torch.zeros((len(plan.nodes), 2), dtype=torch.int64, device=device),
+        COUNTS: torch.zeros((len(plan.rows()), 2), dtype=torch.int64, device=device),
     }
     for slot in plan.slots.values():
         n, _, h, w = slot.shape
         first = starts[slot.name]
         made[mask_name(slot.name)] = made[MASKS][first : first + slot.sites].view(n, h, w)
-    for i, node in enumerate(plan.nodes):
-        made[counts_name(node)] = made[COUNTS][i]
+    for name, part in plan.parts():
+        made[mask_name(name, part)] = part.of(made[mask_name(name)])
+    for i, (node, part) in enumerate(plan.rows()):
+        made[counts_name(node, part)] = made[COUNTS][i]
     for i, ints in enumerate(plan.lists):
         made[list_name(i)] = torch.zeros(ints, dtype=torch.int32, device=device)
     return made
@@ -199,7 +236,8 @@ def lose_state(
         tensors: Its tensors, as `allocate` makes them.
         streams: Indices into the batch dimension; `None` for all.
     """
-    for name in {place_name(plan, place) for place in plan.places.values()}:
+    kept = (p for p in plan.places.values() if plan.slots[p.slot].scratch is None)
+    for name in {place_name(plan, place) for place in kept}:
         if streams is None:
             tensors[name].fill_(float("nan"))
         else:
@@ -210,14 +248,19 @@ def frame_counts(plan: StatePlan, tensors: Mapping[str, Tensor]) -> list[list[in
     """Candidates and active sites of the last frame, in the order of `plan.nodes`.
 
     CUDA operators leave active sites to the masks, where they are counted now: those of a slice
-    are its slot's. Waits for the device.
+    are its slot's, and of a map that is not kept all that were computed. Waits for the device.
     """
     counts = tensors[COUNTS]
     if plan.device.type != "cuda" or not plan.nodes:
         return counts.tolist()
-    slots = [plan.places[node].slot for node in plan.nodes]
-    active = {slot: tensors[mask_name(slot)].sum() for slot in dict.fromkeys(slots)}
-    return torch.stack([counts[:, 0], torch.stack([active[s] for s in slots])], 1).tolist()
+    found: dict[str, int] = {}
+    for (node, _), number in zip(plan.rows(), counts[:, 0].tolist(), strict=True):
+        found[node] = found.get(node, 0) + number
+    slots = {node: plan.places[node].slot for node in plan.nodes if plan.kept(node)}
+    masks = list(dict.fromkeys(slots.values()))
+    sums = torch.stack([tensors[mask_name(slot)].sum() for slot in masks]).tolist()
+    active = dict(zip(masks, sums, strict=True))
+    return [[n, active[slots[node]] if node in slots else n] for node, n in found.items()]
 
 
 def mask_room(sites: int) -> int:
@@ -244,14 +287,19 @@ def allocated_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def acc_name(slot: str) -> str:
-    """The attribute that holds a slot's accumulator."""
-    return f"acc_{slot}"
+def acc_name(slot: str, part: Part | None = None) -> str:
+    """The attribute that holds a slot's accumulator, or a part of its streams."""
+    return f"acc_{_part_name(part)}{slot}"
 
 
-def mask_name(slot: str) -> str:
-    """The attribute that holds a slot's update mask."""
-    return f"mask_{slot}"
+def mask_name(slot: str, part: Part | None = None) -> str:
+    """The attribute that holds a slot's update mask, or a part of its streams."""
+    return f"mask_{_part_name(part)}{slot}"
+
+
+def _part_name(part: Part | None) -> str:
+    # No name of a node begins with a digit.
+    return "" if part is None else f"{part.index}_{part.count}_"
 
 
 def place_name(plan: StatePlan, place: Place) -> str:
@@ -261,9 +309,10 @@ def place_name(plan: StatePlan, place: Place) -> str:
     return name if whole else f"{name}__{place.start}_{place.start + place.channels}"
 
 
-def counts_name(node: str) -> str:
-    """The attribute that holds a node's row of `counts`, of the last frame."""
-    return f"counts_{node}"
+def counts_name(node: str, part: Part | None = None) -> str:
+    """The attribute that holds a node's row of `counts`, of the last frame, or that of a part."""
+    first = part is None or part.index == 0
+    return f"counts_{'' if first else _part_name(part)}{node}"
 
 
 def threshold_name(node: str) -> str:

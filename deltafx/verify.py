@@ -83,6 +83,7 @@ def _has_place(node: fx.Node, plan: StatePlan | None) -> str:
         return f"lies in the slot {place.slot!r}, which does not exist"
     val: Tensor = node.meta["val"]
     n, c, h, w = slot.shape
+    n *= plan.turns.get(node.name, 1) if slot.scratch is not None else 1
     fits = (val.shape[0], *val.shape[2:]) == (n, h, w) and place.channels == val.shape[1]
     if not fits or place.start + place.channels > c or val.dtype != slot.dtype:
         return f"does not fit its place {place} in {slot}"

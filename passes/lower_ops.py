@@ -6,8 +6,8 @@ Enters: the planned graph. Leaves: a new graph over the attributes of a state an
     deltafx.conv2d(acc_n, mask_n, counts_n, acc_a, mask_a, const_n_weight, ..., threshold_n)
 
 Where `share_lists` found several convolutions whose candidates are found at once, that is a call
-before the first of them; what `list_ahead` wants found beside a convolution is a call before that,
-and the lists of a block of `recompute_maps` are calls before its first.
+before the first of them; what `list_ahead` wants found beside a convolution is a call before that.
+A block of `recompute_maps` is lowered at its first call, as often as its streams take turns.
 The calls that run beside others are marked as `run_beside` has them. The masks are cleared first.
 Dense calls read accumulators as ordinary tensors. What leaves the graph is copied where it is, or
 may show, an accumulator: the next frame must not change it.
@@ -26,13 +26,15 @@ from deltafx.ops.base import constant
 from deltafx.ops.views import slice_channels
 from deltafx.passes.context import Context
 from deltafx.passes.list_ahead import AHEAD
-from deltafx.passes.recompute_maps import BLOCK
+from deltafx.passes.recompute_maps import BLOCK, BlockCalls
 from deltafx.passes.run_beside import BESIDE
 from deltafx.passes.share_lists import FURTHER, LIST, FurtherList, Window, window_of
 from deltafx.state import (
     COUNTS,
     MASKS,
+    Part,
     StatePlan,
+    acc_name,
     counts_name,
     list_name,
     mask_name,
@@ -45,7 +47,7 @@ aten = torch.ops.aten
 
 
 class _Lowering:
-    """The new graph while it grows."""
+    """The new graph while it grows; `part`: of which streams, where not of all."""
 
     def __init__(self, plan: StatePlan, policy: str) -> None:
         self.plan = plan
@@ -54,6 +56,7 @@ class _Lowering:
         self.constants: dict[str, Tensor] = {}
         self.dense: dict[fx.Node, fx.Node] = {}
         self.shows_state: set[fx.Node] = set()
+        self.part: Part | None = None
         self._attributes: dict[str, fx.Node] = {}
         self._kept: dict[tuple[fx.Node, str], str] = {}
 
@@ -78,11 +81,19 @@ class _Lowering:
 
     def place(self, node: fx.Node) -> fx.Node:
         """The node that reads a delta node's feature map."""
-        return self.attribute(place_name(self.plan, self.plan.places[node.name]))
+        place = self.plan.places[node.name]
+        if self.part is not None and self.plan.kept(node.name):
+            return self.attribute(acc_name(place.slot, self.part))
+        return self.attribute(place_name(self.plan, place))
 
     def mask(self, node: fx.Node) -> fx.Node:
         """The node that reads the update mask of a delta node."""
-        return self.attribute(mask_name(self.plan.places[node.name].slot))
+        part = self.part if self.plan.kept(node.name) else None
+        return self.attribute(mask_name(self.plan.places[node.name].slot, part))
+
+    def counts(self, node: fx.Node) -> fx.Node:
+        """The node that reads a delta node's row of counts."""
+        return self.attribute(counts_name(node.name, self.part))
 
     def read(self, node: fx.Node) -> fx.Node:
         """What a dense call reads for a node of the old graph."""
@@ -105,6 +116,7 @@ def lower_ops(gm: fx.GraphModule, context: Context) -> tuple[fx.Graph, dict[str,
     if context.plan.slots:
         arenas = (lowering.attribute(MASKS), lowering.attribute(COUNTS))
         lowering.graph.call_function(torch.ops.deltafx.clear_masks.default, arenas)
+    lowered: set[fx.Node] = set()
     for node in gm.graph.nodes:
         op = delta_op(node)
         if node.op in ("placeholder", "get_attr") or (is_view(node) and node.meta.get("delta")):
@@ -112,7 +124,11 @@ def lower_ops(gm: fx.GraphModule, context: Context) -> tuple[fx.Graph, dict[str,
         if node.op == "output":
             _lower_output(lowering, node)
         elif op is not None and node.meta.get("delta"):
-            _lower_delta(lowering, node, op)
+            if BLOCK in node.meta:
+                _lower_block(lowering, node.meta[BLOCK])
+                lowered |= set(node.meta[BLOCK].calls)
+            elif node not in lowered:
+                _lower_delta(lowering, node, op)
             count += 1
         else:
             _lower_dense(lowering, node)
@@ -121,11 +137,28 @@ def lower_ops(gm: fx.GraphModule, context: Context) -> tuple[fx.Graph, dict[str,
     return lowering.graph, lowering.constants
 
 
+def _lower_block(lowering: _Lowering, block: BlockCalls) -> None:
+    """The calls of a block of `recompute_maps`; nothing else reads its inner maps."""
+    for i in range(block.parts):
+        lowering.part = Part(i, block.parts) if block.parts > 1 else None
+        for made in block.lists:
+            first, *others = made.readers
+            source = lowering.mask(made.source)
+            find = _find_candidates(lowering, first, source, None, made.window, _same(others))
+            if first is not block.calls[0]:
+                find.meta[BESIDE] = first.meta[LIST]
+        for node in block.calls:
+            op = delta_op(node)
+            assert op is not None
+            _lower_delta(lowering, node, op)
+    lowering.part = None
+
+
 def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
     own: dict[str, Any] = {
         "acc": lowering.place(node),
         "mask": lowering.mask(node),
-        "counts": lowering.attribute(counts_name(node.name)),
+        "counts": lowering.counts(node),
         "inv_scale": None,
         "threshold": None,
         "policy": lowering.policy,
@@ -148,12 +181,6 @@ def _lower_delta(lowering: _Lowering, node: fx.Node, op: DeltaOp) -> None:
         source, window = lowering.mask(node.meta[AHEAD].source), window_of(first)
         find = _find_candidates(lowering, first, source, None, window, _same(others))
         find.meta[BESIDE] = first.meta[LIST]
-    for made in node.meta.get(BLOCK, ()):
-        first, *others = made.readers
-        source = lowering.mask(made.source)
-        find = _find_candidates(lowering, first, source, None, made.window, _same(others))
-        if first is not node:
-            find.meta[BESIDE] = first.meta[LIST]
     if FURTHER in node.meta:
         residual = own["residual_mask"] if node.kwargs.get("residual") is not None else None
         further = node.meta[FURTHER]
@@ -191,7 +218,7 @@ def _find_candidates(
     """
     args: list[Any] = [
         lowering.attribute(list_name(node.meta[LIST])),
-        lowering.attribute(counts_name(node.name)),
+        lowering.counts(node),
         source,
         residual,
         *window,
@@ -199,7 +226,7 @@ def _find_candidates(
     for further in further_lists:
         args += [
             lowering.attribute(list_name(further.node.meta[LIST])),
-            lowering.attribute(counts_name(further.node.name)),
+            lowering.counts(further.node),
             None if further.source is None else lowering.mask(further.source),
             further.stride,
         ]

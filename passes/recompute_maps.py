@@ -12,7 +12,8 @@ A block is everything between two maps: all that is computed of `source` on its 
 read by nobody else. It may hold others. A site of `output` is a candidate where what it depends on
 of `source` changed; a site of a map within the block is computed where one of these candidates
 depends on it. Both are windows over the source's active sites, so their lists are found from its
-mask at once. Nothing is truncated within. CUDA only, where operators go by lists.
+mask at once. Nothing is truncated within. Where the maps within are large, the streams take turns
+in the scratch memory. CUDA only, where operators go by lists.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from torch import fx
 from deltafx.ops import is_view
 from deltafx.ops.base import value
 from deltafx.ops.conv2d import conv2d, macs_per_site
+from deltafx.ops.encode import encode
 from deltafx.passes.context import Context
 from deltafx.passes.share_lists import LIST, MOST_FURTHER, Window, window_of
 from deltafx.state import Slot, StatePlan, list_room
 
 BLOCK = "block"
-"""In `meta` of the first convolution of a block: the `BlockList`s to be made before it."""
+"""In `meta` of the first convolution of a block: what is to be called there, a `BlockCalls`."""
 
 MOST_INNER = 24  # maps within a block; where it is larger, it is computed around much that is still
 
@@ -40,6 +42,11 @@ SHARE = 0.22
 """Of a side of the picture: the square that is taken to change when blocks are chosen."""
 
 ALIGNED = 256  # bytes, of a map in the scratch memory
+
+PARTS = (1, 2, 4)
+
+LAUNCH, ROW = 2e8, 3e3
+"""What a launch, and eight sites' row of a mask, cost in multiply-adds: 3 us, 0.04 ns (H100)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +62,21 @@ class BlockList:
     source: fx.Node
     window: Window
     readers: tuple[fx.Node, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCalls:
+    """A block as it is to be called: its lists and then its convolutions, for each part in turn.
+
+    Attributes:
+        lists: The last is read first.
+        calls: Its convolutions in order.
+        parts: In how many parts the streams take turns.
+    """
+
+    lists: tuple[BlockList, ...]
+    calls: tuple[fx.Node, ...]
+    parts: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +105,19 @@ class Block:
         inner: The convolutions whose maps are not kept, in order.
         output: The one whose map is.
         windows: Of each of these, over the source.
+        parts: In how many parts the streams take turns.
         offsets: Of the inner maps in the scratch memory, in their order.
         scratch: Bytes of these together.
         lists: Bytes of its lists.
         saved: Bytes of the accumulators that need not be kept.
-        extra: Multiply-adds more, where `SHARE` of the picture changed.
+        extra: What it costs, where `SHARE` of the picture changed: multiply-adds.
     """
 
     source: fx.Node
     inner: tuple[fx.Node, ...]
     output: fx.Node
     windows: Mapping[fx.Node, Window]
+    parts: int
     offsets: tuple[int, ...]
     scratch: int
     lists: int
@@ -143,9 +167,8 @@ def _blocks(
             before[node] = within
             closed = all(user in within or user is node for n in within for user in n.users)
             if within and closed and not any(n.name in never for n in within):
-                block = _block(source, tuple(sorted(within, key=order.__getitem__)), node, plan)
-                if block is not None:
-                    yield block
+                inside = tuple(sorted(within, key=order.__getitem__))
+                yield from _in_parts(source, inside, node, plan)
 
 
 def _maps_of(node: fx.Node) -> list[fx.Node]:
@@ -154,22 +177,48 @@ def _maps_of(node: fx.Node) -> list[fx.Node]:
     return [n for n in found if isinstance(n, fx.Node)]
 
 
-def _block(
+def _in_parts(
     source: fx.Node, inner: tuple[fx.Node, ...], output: fx.Node, plan: StatePlan
-) -> Block | None:
-    """The block of these nodes, if one step leads from each of its maps to the next."""
+) -> Iterator[Block]:
+    """The block of these nodes, if one step leads from each of its maps to the next; and in parts.
+
+    A frame's own comparison is not seen in parts: convolutions may read its slot as a whole.
+    """
     reaches = _reaches(source, inner, output)
     if reaches is None:
-        return None
+        return
     calls = (*inner, output)
     windows = {node: _window(node, source, reaches) for node in calls}
-    slots = [plan.slots[n.name] for n in inner]
-    offsets = _offsets(slots, [_last_reader(n, calls) for n in inner])
-    scratch = max(o + slot.map_bytes for o, slot in zip(offsets, slots, strict=True))
-    extra = sum(macs_per_site(n) * (_sites(n, windows[n]) - _sites(n, window_of(n))) for n in calls)
-    saved = sum(slot.map_bytes for slot in slots)
-    lists = sum(4 * _room(found, plan) for found in _lists(source, calls, windows))
-    return Block(source, inner, output, windows, offsets, scratch, lists, saved, extra)
+    made = _lists(source, calls, windows)
+    streams = value(output).shape[0]
+    more = sum(macs_per_site(n) * (_sites(n, windows[n]) - _sites(n, window_of(n))) for n in calls)
+    saved = sum(plan.slots[n.name].map_bytes for n in inner)
+    read_until = [_last_reader(n, calls) for n in inner]
+    for parts in PARTS:
+        if parts > 1 and (streams % parts > 0 or source.target is encode):
+            continue
+        slots = [_in_turns(plan.slots[n.name], parts) for n in inner]
+        offsets = _offsets(slots, read_until)
+        scratch = max(o + slot.map_bytes for o, slot in zip(offsets, slots, strict=True))
+        lists = sum(4 * _room(found, parts) for found in made)
+        launches = parts * (len(calls) + len(made)) - len(calls)
+        extra = streams * more + _found(made) + LAUNCH * launches
+        yield Block(source, inner, output, windows, parts, offsets, scratch, lists, saved, extra)
+
+
+def _in_turns(slot: Slot, parts: int) -> Slot:
+    """A slot for a part of the streams at a time."""
+    return dataclasses.replace(slot, shape=(slot.shape[0] // parts, *slot.shape[1:]))
+
+
+def _found(lists: Iterable[BlockList]) -> float:
+    """What it costs to look for the sites of lists, eight at a time."""
+    cost = 0.0
+    for found in lists:
+        n, _, h, w = value(found.readers[0]).shape
+        rows, columns = found.window.kernel
+        cost += n * h * w / 8 * rows * (ROW if max(rows, columns) > 8 else ROW / 8)
+    return cost
 
 
 def _reaches(
@@ -310,8 +359,13 @@ def _dearest(
 def _apply(block: Block, plan: StatePlan, first: int) -> StatePlan:
     """The plan in which the inner maps of a block are not kept; `first`: the first list for it."""
     slots, truncating = dict(plan.slots), dict(plan.truncating)
+    turns, seen = dict(plan.turns), set(plan.seen_in_parts)
+    if block.parts > 1:
+        turns |= dict.fromkeys((n.name for n in block.calls), block.parts)
+        seen |= {(n.name, block.parts) for n in (block.source, block.output)}
     for node, offset in zip(block.inner, block.offsets, strict=True):
-        slots[node.name] = dataclasses.replace(slots[node.name], scratch=offset)
+        slot = _in_turns(slots[node.name], block.parts)
+        slots[node.name] = dataclasses.replace(slot, scratch=offset)
         node.meta["truncates"] = False
         truncating.pop(node.name, None)
     lists = list(plan.lists)
@@ -321,9 +375,12 @@ def _apply(block: Block, plan: StatePlan, first: int) -> StatePlan:
             reader.meta[LIST] = i
         if i == len(lists):
             lists.append(0)
-        lists[i] = max(lists[i], _room(found, plan))
-    block.inner[0].meta[BLOCK] = made
-    return dataclasses.replace(plan, slots=slots, truncating=truncating, lists=tuple(lists))
+        lists[i] = max(lists[i], _room(found, block.parts))
+    block.inner[0].meta[BLOCK] = BlockCalls(made, block.calls, block.parts)
+    return dataclasses.replace(
+        plan, slots=slots, truncating=truncating, lists=tuple(lists), turns=turns,
+        seen_in_parts=frozenset(seen),
+    )  # fmt: skip
 
 
 def _lists(
@@ -339,10 +396,10 @@ def _lists(
     return (*made[1:], made[0])
 
 
-def _room(found: BlockList, plan: StatePlan) -> int:
-    """How many ints a list takes up."""
-    slot = plan.slots[found.readers[0].name]
-    return list_room(slot.sites, slot.shape[0])
+def _room(found: BlockList, parts: int) -> int:
+    """How many ints a list takes up, of a part of the streams."""
+    n, _, h, w = value(found.readers[0]).shape
+    return list_room(n // parts * h * w, n // parts)
 
 
-__all__ = ["BLOCK", "BlockList", "recompute_maps"]
+__all__ = ["BLOCK", "BlockCalls", "BlockList", "recompute_maps"]

@@ -59,7 +59,7 @@ def _best(graph: fx.Graph, plan: StatePlan) -> tuple[fx.Node, fx.Node] | None:
         order[node], calls[node] = i, row
         if delta_op(node) and node.meta.get("delta"):
             written[plan.places[node.name].slot] = i
-    alone = plan.alone()
+    alone, in_parts = plan.alone(), {slot for slot, _ in plan.seen_in_parts}
     best, most = None, (0, 0)
     for node in graph.nodes:
         if node.target is not conv2d or not _is_in_row(node) or not node.users:
@@ -69,8 +69,8 @@ def _best(graph: fx.Graph, plan: StatePlan) -> tuple[fx.Node, fx.Node] | None:
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
         if not all(n.meta.get("delta") and plan.kept(n.name) for n in (node, *inputs)):
             continue  # memory of a dense call, or not kept: which another may get next
-        if any(BESIDE in n.meta for n in (*inputs, *node.users)):
-            continue
+        if any(BESIDE in n.meta for n in (*inputs, *node.users)) or node.name in in_parts:
+            continue  # a part is written or read as if it were memory of its own
         source = max(inputs, key=order.__getitem__)
         if any(written[plan.places[n.name].slot] > order[source] for n in inputs):
             continue  # a part of a slot that others still write into

@@ -58,7 +58,9 @@ def not_kept(gm: fx.GraphModule, context: Any) -> set[str]:
 def blocks_of(gm: fx.GraphModule) -> dict[str, list[tuple[list[list[int]], list[str]]]]:
     """By the first call of a block: the windows of its lists, and who reads them."""
     return {
-        n.name: [(list(made.window), [r.name for r in made.readers]) for made in n.meta[BLOCK]]
+        n.name: [
+            (list(made.window), [r.name for r in made.readers]) for made in n.meta[BLOCK].lists
+        ]
         for n in gm.graph.nodes
         if BLOCK in n.meta
     }
@@ -95,7 +97,9 @@ def fix_blocks(monkeypatch: pytest.MonkeyPatch, **outputs: str) -> None:
     """Chooses the blocks by their outputs, by the names of their sources."""
 
     def choose(blocks: tuple[Any, ...], *_: Any) -> tuple[Any, ...]:
-        return tuple(b for b in blocks if outputs.get(b.source.name) == b.output.name)
+        return tuple(
+            b for b in blocks if outputs.get(b.source.name) == b.output.name and b.parts == 1
+        )
 
     monkeypatch.setattr(module, "_choose", choose)
 
@@ -235,8 +239,9 @@ class Frames:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm, self.kept, self.lists = gm, {}, {}
         for node in gm.graph.nodes:
-            for made in node.meta.get(BLOCK, ()):
-                self.lists |= dict.fromkeys(made.readers, made)
+            if BLOCK in node.meta:
+                for made in node.meta[BLOCK].lists:
+                    self.lists |= dict.fromkeys(made.readers, made)
 
     def __call__(self, x: Tensor, plan: Any) -> list[Tensor]:
         known: dict[fx.Node, Any] = {}
