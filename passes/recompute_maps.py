@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import fx
@@ -45,8 +45,10 @@ ALIGNED = 256  # bytes, of a map in the scratch memory
 
 PARTS = (1, 2, 4)
 
-LAUNCH, ROW = 2e8, 3e3
-"""What a launch, and eight sites' row of a mask, cost in multiply-adds: 3 us, 0.04 ns (H100)."""
+DEAREST = 1e9  # multiply-adds for a byte: whatever it costs
+
+LAUNCH, ROW = 5e8, 1e3
+"""What a launch, and eight sites' row of a mask, cost in multiply-adds (H100: 2.5 us, 5 ps)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,8 +218,7 @@ def _found(lists: Iterable[BlockList]) -> float:
     cost = 0.0
     for found in lists:
         n, _, h, w = value(found.readers[0]).shape
-        rows, columns = found.window.kernel
-        cost += n * h * w / 8 * rows * (ROW if max(rows, columns) > 8 else ROW / 8)
+        cost += n * h * w / 8 * found.window.kernel[0] * ROW
     return cost
 
 
@@ -305,26 +306,33 @@ def _offsets(slots: Sequence[Slot], read_until: Sequence[int]) -> tuple[int, ...
 def _choose(
     blocks: Sequence[Block], order: Mapping[fx.Node, int], wanted: int
 ) -> tuple[Block, ...]:
-    """Blocks that do not overlap and take `wanted` bytes off the state, for few multiply-adds.
+    """Blocks that do not overlap and take `wanted` bytes off the state, at little cost.
 
     Where none do, those that take off the most.
     """
-    found: list[tuple[bool, float, tuple[Block, ...]]] = []
+    by_end = sorted(blocks, key=lambda b: order[b.output])
+    best: tuple[Block, ...] = ()
     for scratch in sorted({block.scratch for block in blocks}):
-        fitting = [block for block in blocks if block.scratch <= scratch]
-        low, high = 0.0, 1e12  # multiply-adds for a byte
-        best = _dearest(fitting, order, high)
-        if _off(best) >= wanted:
-            for _ in range(60):
-                price = math.sqrt(max(low, 1e-12) * high)
-                tried = _dearest(fitting, order, price)
-                if _off(tried) >= wanted:
-                    best, high = tried, price
-                else:
-                    low = price
-        enough = _off(best) >= wanted
-        found.append((enough, -sum(b.extra for b in best) if enough else _off(best), best))
-    return max(found, key=lambda f: f[:2], default=(False, 0.0, ()))[2]
+        fitting = _Row([b for b in by_end if b.scratch <= scratch], order)
+        found = fitting.dearest(DEAREST)
+        if _off(found) < wanted:
+            best = max(best, found, key=_off)
+            continue
+        low, high = 1e-6, DEAREST
+        for _ in range(30):
+            price = math.sqrt(low * high)
+            tried = fitting.dearest(price)
+            if _off(tried) >= wanted:
+                found, high = tried, price
+            else:
+                low = price
+        if _off(best) < wanted or _cost(found) < _cost(best):
+            best = found
+    return best
+
+
+def _cost(blocks: Sequence[Block]) -> float:
+    return sum(block.extra for block in blocks)
 
 
 def _off(blocks: Sequence[Block]) -> int:
@@ -333,27 +341,30 @@ def _off(blocks: Sequence[Block]) -> int:
     return saved - max((b.scratch + b.lists for b in blocks), default=0)
 
 
-def _dearest(
-    blocks: Sequence[Block], order: Mapping[fx.Node, int], price: float
-) -> tuple[Block, ...]:
-    """Blocks one behind another that are worth the most, at a price in multiply-adds for a byte."""
-    by_end = sorted(blocks, key=lambda b: order[b.output])
-    ends = [order[b.output] for b in by_end]
-    worth: list[float] = [0.0]
-    taken: list[bool] = []
-    for i, block in enumerate(by_end):
-        before = bisect_right(ends, order[block.inner[0]] - 1, hi=i)
-        gain = worth[before] + block.saved * price - block.extra
-        taken.append(gain > worth[i])
-        worth.append(max(gain, worth[i]))
-    chosen: list[Block] = []
-    i = len(by_end)
-    while i > 0:
-        i -= 1
-        if taken[i]:
-            chosen.append(by_end[i])
-            i = bisect_right(ends, order[by_end[i].inner[0]] - 1, hi=i)
-    return tuple(reversed(chosen))
+class _Row:
+    """Blocks by their ends, of which some may be chosen that do not overlap."""
+
+    def __init__(self, by_end: Sequence[Block], order: Mapping[fx.Node, int]) -> None:
+        ends = [order[b.output] for b in by_end]
+        self._blocks = by_end
+        # How many end before each begins.
+        self._before = [bisect_left(ends, order[b.inner[0]]) for b in by_end]
+
+    def dearest(self, price: float) -> tuple[Block, ...]:
+        """Those that are worth the most, at a price in multiply-adds for a byte."""
+        worth, taken = [0.0], []
+        for i, (block, before) in enumerate(zip(self._blocks, self._before, strict=True)):
+            gain = worth[before] + block.saved * price - block.extra
+            taken.append(gain > worth[i])
+            worth.append(max(gain, worth[i]))
+        chosen: list[Block] = []
+        i = len(self._blocks)
+        while i > 0:
+            i -= 1
+            if taken[i]:
+                chosen.append(self._blocks[i])
+                i = self._before[i]
+        return tuple(reversed(chosen))
 
 
 def _apply(block: Block, plan: StatePlan, first: int) -> StatePlan:

@@ -235,7 +235,7 @@ struct ConvQuery {
     }
     return found;
   }
-  static constexpr int kSmall = 3, kWide = 8;  // taps of an axis
+  static constexpr int kSmall = 3, kWide = 18;  // taps of an axis
 
   static __device__ __forceinline__ uint2 either(uint2 a, uint2 b) {
     return make_uint2(a.x | b.x, a.y | b.y);
@@ -244,7 +244,7 @@ struct ConvQuery {
   // All words are asked for together, and from then on a byte of the mask is a bit.
   template <class Word, int kRows, int kWords>
   __device__ __forceinline__ uint32_t flags_of_words(const Place& place) const {
-    constexpr int kBytes = static_cast<int>(sizeof(Word)), kAtOnce = kRows > 4 ? kRows / 2 : kRows;
+    constexpr int kBytes = static_cast<int>(sizeof(Word)), kAtOnce = kRows > 4 ? 4 : kRows;
     const int w = static_cast<int>(x.w) / kBytes, taps = x_axis.phase.taps;
     const auto* from = reinterpret_cast<const Word*>(place.from);
     const auto* own_words = reinterpret_cast<const Word*>(place.own);
@@ -282,7 +282,11 @@ struct ConvQuery {
     // Tap after tap to the left, by doubling.
     if (taps > 1) bits |= bits >> 1;
     if (taps > 2) bits |= bits >> min(2, taps - 2);
-    if (kRows > 4 && taps > 4) bits |= bits >> (taps - 4);
+    if constexpr (kRows > 4) {
+      if (taps > 4) bits |= bits >> min(4, taps - 4);
+      if (taps > 8) bits |= bits >> min(8, taps - 8);
+      if (taps > 16) bits |= bits >> (taps - 16);
+    }
     return (x_axis.stride == 2 ? even_bits(bits) : bits & 0xff) | own_bits;
   }
 
