@@ -8,12 +8,12 @@ and its inner maps with it, wherever that needs them, in scratch memory that all
     n = conv2d(x=m, weight=3x3)                at 3x3 around it, not kept
     o = conv2d(x=n, weight=1x1, residual=s)    at 3x3 around it, compared and kept
 
-A block is everything between two maps: all that is computed of `source` on its way to `output`, and
-read by nobody else. It may hold others. A site of `output` is a candidate where what it depends on
-of `source` changed; a site of a map within the block is computed where one of these candidates
-depends on it. Both are windows over the source's active sites, so their lists are found from its
-mask at once. Nothing is truncated within. Where the maps within are large, the streams take turns
-in the scratch memory. CUDA only, where operators go by lists.
+A block is everything between two maps: all convolutions and pools that lead from `source` to
+`output` and are read by nobody else. It may hold others. A site of `output` is a candidate where
+what it depends on of `source` changed; a site of a map within the block is computed where one of
+these candidates depends on it. Both are windows over the source's active sites, so their lists are
+found from its mask at once. Nothing is truncated within. Where the maps within are large, the
+streams take turns in the scratch memory. CUDA only, where operators go by lists.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ import dataclasses
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
-from deltafx.ops import is_view
+from deltafx.ops import delta_op, is_view
 from deltafx.ops.base import value
-from deltafx.ops.conv2d import conv2d, macs_per_site
+from deltafx.ops.conv2d import conv2d
 from deltafx.ops.encode import encode
+from deltafx.ops.pool2d import pool2d
 from deltafx.passes.context import Context
 from deltafx.passes.share_lists import LIST, MOST_FURTHER, Window, window_of
 from deltafx.state import Slot, StatePlan, list_room
 
 BLOCK = "block"
-"""In `meta` of the first convolution of a block: what is to be called there, a `BlockCalls`."""
+"""In `meta` of the first call of a block: what is to be called there, a `BlockCalls`."""
 
 MOST_INNER = 24  # maps within a block; where it is larger, it is computed around much that is still
 
@@ -53,7 +55,7 @@ LAUNCH, ROW = 5e8, 1e3
 
 @dataclasses.dataclass(frozen=True)
 class BlockList:
-    """Sites at which some convolutions of a block are computed.
+    """Sites at which some maps of a block are computed.
 
     Attributes:
         source: Whose active sites the windows touch.
@@ -68,11 +70,11 @@ class BlockList:
 
 @dataclasses.dataclass(frozen=True)
 class BlockCalls:
-    """A block as it is to be called: its lists and then its convolutions, for each part in turn.
+    """A block as it is to be called: its lists and then its operators, for each part in turn.
 
     Attributes:
         lists: The last is read first.
-        calls: Its convolutions in order.
+        calls: Its operators in order.
         parts: In how many parts the streams take turns.
     """
 
@@ -104,7 +106,7 @@ class Block:
 
     Attributes:
         source: Which map it reads.
-        inner: The convolutions whose maps are not kept, in order.
+        inner: The operators whose maps are not kept, in order.
         output: The one whose map is.
         windows: Of each of these, over the source.
         parts: In how many parts the streams take turns.
@@ -128,7 +130,7 @@ class Block:
 
     @property
     def calls(self) -> tuple[fx.Node, ...]:
-        """All of its convolutions, in order."""
+        """All of its operators, in order."""
         return (*self.inner, self.output)
 
 
@@ -152,7 +154,7 @@ def _blocks(
     alone = plan.alone()
     inner = {
         n for n in graph.nodes
-        if n.target is conv2d and n.meta.get("delta") and n.name in alone
+        if n.target in (conv2d, pool2d) and n.meta.get("delta") and n.name in alone
     }  # fmt: skip
     never = set(given)
     for source in graph.nodes:
@@ -173,8 +175,22 @@ def _blocks(
                 yield from _in_parts(source, inside, node, plan)
 
 
+def window_over(node: fx.Node) -> Window:
+    """The window of a convolution or a pool."""
+    if node.target is conv2d:
+        return window_of(node)
+    given: dict[str, Any] = {"padding": (0, 0), "dilation": (1, 1), **node.kwargs}
+    return Window(*(list(given[name]) for name in ("kernel", "stride", "padding", "dilation")))
+
+
+def _macs(node: fx.Node) -> int:
+    """Multiply-adds of a site."""
+    op = delta_op(node)
+    return 0 if op is None else op.macs_per_site(node)
+
+
 def _maps_of(node: fx.Node) -> list[fx.Node]:
-    """The maps that a convolution reads."""
+    """The maps that a convolution or a pool reads."""
     found = (node.kwargs["x"], node.kwargs.get("residual"))
     return [n for n in found if isinstance(n, fx.Node)]
 
@@ -190,10 +206,10 @@ def _in_parts(
     if reaches is None:
         return
     calls = (*inner, output)
-    windows = {node: _window(node, source, reaches) for node in calls}
+    windows = _windows(source, calls, reaches)
     made = _lists(source, calls, windows)
     streams = value(output).shape[0]
-    more = sum(macs_per_site(n) * (_sites(n, windows[n]) - _sites(n, window_of(n))) for n in calls)
+    more = sum(_macs(n) * (_sites(n, windows[n]) - _sites(n, window_over(n))) for n in calls)
     saved = sum(plan.slots[n.name].map_bytes for n in inner)
     read_until = [_last_reader(n, calls) for n in inner]
     for parts in PARTS:
@@ -229,7 +245,7 @@ def _reaches(
     one = Reach(1, 0, 0)
     found: dict[fx.Node, Reaches] = {output: (one, one)}
     for user in (output, *reversed(inner)):
-        window = window_of(user)
+        window = window_over(user)
         y, x = (
             reach.through(*numbers)
             for reach, numbers in zip(found[user], zip(*window, strict=True), strict=True)
@@ -253,24 +269,37 @@ def _reaches(
     return found if whole else None
 
 
-def _window(node: fx.Node, source: fx.Node, reaches: Mapping[fx.Node, Reaches]) -> Window:
-    """Of a site of a node: whatever the candidates depend on that depend on the site."""
-    sizes = zip(value(source).shape[2:], value(node).shape[2:], strict=True)
-    axes = zip(reaches[source], reaches[node], sizes, strict=True)
-    y, x = (_axis(of_source, of_node, *size) for of_source, of_node, size in axes)
-    return Window(*(list(pair) for pair in zip(y, x, strict=True)))
+def _windows(
+    source: fx.Node, calls: Sequence[fx.Node], reaches: Mapping[fx.Node, Reaches]
+) -> dict[fx.Node, Window]:
+    """Of a site of each node: whatever the candidates depend on that depend on the site."""
+    output = calls[-1]
+    axes: dict[fx.Node, list[tuple[int, int, int, int]]] = {node: [] for node in calls}
+    for i in (0, 1):
+        size, of_source = value(source).shape[2 + i], reaches[source][i]
+        kernel, step, padding, _ = _axis(of_source, size, value(output).shape[2 + i])
+        # The windows of the output may be wider than it takes: these are its candidates.
+        first, last = -padding, kernel - 1 - padding
+        for node in calls:
+            own = reaches[node][i]
+            stride = step // own.step
+            wider = Reach(stride, first - stride * own.last, last - stride * own.first)
+            axes[node].append(_axis(wider, size, value(node).shape[2 + i]))
+    return {
+        node: Window(*(list(pair) for pair in zip(y, x, strict=True)))
+        for node, (y, x) in axes.items()
+    }
 
 
-def _axis(of_source: Reach, of_node: Reach, size: int, result: int) -> tuple[int, int, int, int]:
+def _axis(reach: Reach, size: int, result: int) -> tuple[int, int, int, int]:
     """Kernel, stride, padding and dilation of the least window with a result of that size."""
-    stride = of_source.step // of_node.step
-    padding = max(0, stride * of_node.last - of_source.first)
-    kernel = max(1, padding + of_source.last - stride * of_node.first + 1)
-    while (size + 2 * padding - kernel) // stride + 1 < result:
+    padding = max(0, -reach.first)
+    kernel = max(1, padding + reach.last + 1)
+    while (size + 2 * padding - kernel) // reach.step + 1 < result:
         padding, kernel = padding + 1, kernel + 1
-    while (size + 2 * padding - kernel) // stride + 1 > result:
+    while (size + 2 * padding - kernel) // reach.step + 1 > result:
         kernel += 1
-    return kernel, stride, padding, 1
+    return kernel, reach.step, padding, 1
 
 
 def _sites(node: fx.Node, window: Window) -> float:

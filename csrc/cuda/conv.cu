@@ -243,7 +243,9 @@ cudaError_t list_conv(const ConvListLaunch& l, cudaStream_t stream) {
   static_assert(kFurtherLists == 2 && ListReaders::kMost == 2);
   switch (further) {
     case 0:
-      return list_candidates(query, map, own, stream, {}, readers);
+      return WideQuery::takes(query)
+                 ? list_candidates(WideQuery(query), map, own, stream, {}, readers)
+                 : list_candidates(query, map, own, stream, {}, readers);
     case 1:
       return list_candidates(query, map, own, stream, FurtherLists<1>{{lists[0]}}, readers);
     default:

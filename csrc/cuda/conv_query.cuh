@@ -173,7 +173,7 @@ struct ConvQuery {
                                         : flags_of_words<uint2, kWide, 4>(place);
   }
 
- private:
+ protected:
   // Bytes `left` to left + span of the tap rows, in one: a, b, c. A row of the mask is whole words,
   // so those of all rows are read before any is looked at.
   __device__ __forceinline__ void or_rows(const Position& at, int left, int span, uint64_t& a,
@@ -235,14 +235,14 @@ struct ConvQuery {
     }
     return found;
   }
-  static constexpr int kSmall = 3, kWide = 18;  // taps of an axis
+  static constexpr int kSmall = 3, kWide = 8;  // taps of an axis
 
   static __device__ __forceinline__ uint2 either(uint2 a, uint2 b) {
     return make_uint2(a.x | b.x, a.y | b.y);
   }
   static __device__ __forceinline__ uint32_t either(uint32_t a, uint32_t b) { return a | b; }
-  // All words are asked for together, and from then on a byte of the mask is a bit.
-  template <class Word, int kRows, int kWords>
+  // All words are asked for together, and from then on a byte of the mask is one of the Bits.
+  template <class Word, int kRows, int kWords, class Bits = uint32_t>
   __device__ __forceinline__ uint32_t flags_of_words(const Place& place) const {
     constexpr int kBytes = static_cast<int>(sizeof(Word)), kAtOnce = kRows > 4 ? 4 : kRows;
     const int w = static_cast<int>(x.w) / kBytes, taps = x_axis.phase.taps;
@@ -273,21 +273,22 @@ struct ConvQuery {
         for (int k = 0; k < kWords; ++k) any[k] = either(any[k], words[j][k]);
       }
     }
-    uint32_t bits = 0, own_bits = 0;
+    Bits bits = 0;
+    uint32_t own_bits = 0;
 #pragma unroll
-    for (int k = 0; k < kWords; ++k) bits |= bits_of(any[k]) << (kBytes * k);
+    for (int k = 0; k < kWords; ++k) bits |= static_cast<Bits>(bits_of(any[k])) << (kBytes * k);
 #pragma unroll
     for (int k = 0; k < kFlags / kBytes; ++k) own_bits |= bits_of(own[k]) << (kBytes * k);
     bits >>= place.shift;
     // Tap after tap to the left, by doubling.
     if (taps > 1) bits |= bits >> 1;
     if (taps > 2) bits |= bits >> min(2, taps - 2);
-    if constexpr (kRows > 4) {
-      if (taps > 4) bits |= bits >> min(4, taps - 4);
-      if (taps > 8) bits |= bits >> min(8, taps - 8);
-      if (taps > 16) bits |= bits >> (taps - 16);
-    }
-    return (x_axis.stride == 2 ? even_bits(bits) : bits & 0xff) | own_bits;
+    if (kRows > 4 && taps > 4) bits |= bits >> min(4, taps - 4);
+    if (kRows > 8 && taps > 8) bits |= bits >> min(8, taps - 8);
+    if (kRows > 16 && taps > 16) bits |= bits >> (taps - 16);
+    const auto low = static_cast<uint32_t>(bits);
+    if (kRows > 8 && x_axis.stride == 4) return fourth_bits(low) | own_bits;
+    return (x_axis.stride == 2 ? even_bits(low) : low & 0xff) | own_bits;
   }
 
   static bool is_in_words(const Mask& mask, int bytes) {
@@ -305,10 +306,20 @@ struct ConvQuery {
   // so many words of so many bytes, the first of them anywhere in the first.
   bool are_in_words(int most, int words, int bytes) const {
     return y_axis.phase.taps <= most && x_axis.phase.taps <= most && y_axis.phase.step == 1 &&
-           x_axis.phase.step == 1 && x_axis.stride <= 2 && !y_axis.transposed &&
+           x_axis.phase.step == 1 && takes_stride(x_axis.stride, most) && !y_axis.transposed &&
            bytes - 1 + 7 * x_axis.stride + x_axis.phase.taps <= bytes * words &&
            streams == nullptr && is_in_words(x, bytes) &&
            (residual.data == nullptr || is_in_words(residual, bytes));
+  }
+  static bool takes_stride(int stride, int most) {
+    return stride <= 2 || (stride == 4 && most > kWide);
+  }
+  // Bit i of the lower byte: bit 4 * i.
+  static __device__ __forceinline__ uint32_t fourth_bits(uint32_t v) {
+    v &= 0x11111111;
+    v = (v | v >> 3) & 0x03030303;
+    v = (v | v >> 6) & 0x000f000f;
+    return (v | v >> 12) & 0xff;
   }
   // Bit i of the lower byte: bit 2 * i.
   static __device__ __forceinline__ uint32_t even_bits(uint32_t v) {
@@ -316,6 +327,18 @@ struct ConvQuery {
     v = (v | v >> 1) & 0x3333;
     v = (v | v >> 2) & 0x0f0f;
     return (v | v >> 4) & 0xff;
+  }
+};
+
+// Of a kernel for nothing but wide windows: those of a block of convolutions together.
+struct WideQuery : ConvQuery {
+  static constexpr int kTaps = 31, kWords = 6;
+  explicit WideQuery(const ConvQuery& query) : ConvQuery(query) { windows = Windows::wide; }
+  static bool takes(const ConvQuery& query) {
+    return query.windows == Windows::any && WideQuery(query).are_in_words(kTaps, kWords, 8);
+  }
+  __device__ __forceinline__ uint32_t flags_at(const Place& place) const {
+    return flags_of_words<uint2, kTaps, kWords, uint64_t>(place);
   }
 };
 

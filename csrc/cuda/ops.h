@@ -43,7 +43,7 @@ cudaError_t global_pool2d(const GlobalPoolParams& p, int32_t* memory, cudaStream
 
 // The tables of PoolParams and ResizeParams are on the host; here the rules that made them count.
 cudaError_t pool2d(const PoolParams& p, const PoolRule& y, const PoolRule& x, int32_t* memory,
-                   cudaStream_t stream);
+                   bool listed, cudaStream_t stream);
 cudaError_t resize2d(const ResizeParams& p, const ResizeRule& y, const ResizeRule& x,
                      int32_t* memory, cudaStream_t stream);
 

@@ -186,9 +186,10 @@ bool are_windows(const PoolRule& r, int64_t out) {
 
 template <class T>
 cudaError_t pool_as(const PoolParams& p, const PoolRule& y, const PoolRule& x,
-                    const PoolQuery& query, int32_t* memory, cudaStream_t stream) {
+                    const PoolQuery& query, int32_t* memory, bool listed, cudaStream_t stream) {
   const auto update = [&](const auto& f) {
-    return update_sites_as<T>(p.out, p.act, query, f, memory, stream);
+    return listed ? update_listed<T>(p.out, p.act, list_in(memory, p.out.counts), f, stream)
+                  : update_sites_as<T>(p.out, p.act, query, f, memory, stream);
   };
   constexpr int64_t kMost = 1 << 30;  // elements from the first row of a window to its last
   const bool near = y.kernel * y.dilation * p.x.map.w * p.x.map.ld < kMost;
@@ -202,12 +203,12 @@ cudaError_t pool_as(const PoolParams& p, const PoolRule& y, const PoolRule& x,
 }  // namespace
 
 cudaError_t pool2d(const PoolParams& p, const PoolRule& y, const PoolRule& x, int32_t* memory,
-                   cudaStream_t stream) {
+                   bool listed, cudaStream_t stream) {
   const bool windows = are_windows(y, p.out.acc.h) && are_windows(x, p.out.acc.w);
   const PoolQuery query{p.out.acc, p.x.mask, y,
                         x,         windows,  {p.x.mask, {}, axis_of(y), axis_of(x), nullptr}};
   return with_type(p.out.acc.dtype, [&](auto type) {
-    return pool_as<typename decltype(type)::T>(p, y, x, query, memory, stream);
+    return pool_as<typename decltype(type)::T>(p, y, x, query, memory, listed, stream);
   });
 }
 

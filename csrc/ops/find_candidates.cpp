@@ -69,9 +69,9 @@ void find_candidates(const Tensor& memory, const Tensor& counts, const Tensor& x
         "deltafx: the mask of a further list is ", mask->sizes(), " but the result [", n, ", ",
         launch.h, ", ", launch.w, "] and its stride ", its_stride);
   };
-  TORCH_CHECK_VALUE(memory_1.has_value() == counts_1.has_value() &&
-                        memory_2.has_value() == counts_2.has_value(),
-                    "deltafx: the memory and the counts of a further list go together");
+  TORCH_CHECK_VALUE(
+      memory_1.has_value() == counts_1.has_value() && memory_2.has_value() == counts_2.has_value(),
+      "deltafx: the memory and the counts of a further list go together");
   if (memory_1.has_value()) add(*memory_1, *counts_1, mask_1, stride_1);
   if (memory_2.has_value()) add(*memory_2, *counts_2, mask_2, stride_2);
   run_on_cuda(memory, [&](cudaStream_t stream) { return cuda::list_conv(launch, stream); });

@@ -55,10 +55,11 @@ cuda::PoolRule adaptive_rule(int64_t in, int64_t out) {
 }
 
 void pool_on_cuda(const PoolParams& p, const Tensor& acc, const OptionalTensor& memory,
-                  const cuda::PoolRule& y, const cuda::PoolRule& x) {
-  run_on_cuda(
-      acc, memory, cuda::list_ints(p.out.acc.sites()),
-      [&](int32_t* list, cudaStream_t stream) { return cuda::pool2d(p, y, x, list, stream); });
+                  const cuda::PoolRule& y, const cuda::PoolRule& x, bool listed) {
+  run_on_cuda(acc, memory, cuda::list_ints(p.out.acc.sites()),
+              [&](int32_t* list, cudaStream_t stream) {
+                return cuda::pool2d(p, y, x, list, listed, stream);
+              });
 }
 #endif
 
@@ -82,9 +83,11 @@ void pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
             bool count_include_pad, std::optional<int64_t> divisor_override, c10::string_view act,
             c10::ArrayRef<double> act_params, const OptionalTensor& act_weight,
             const OptionalTensor& inv_scale, const OptionalTensor& threshold,
-            c10::string_view policy, const OptionalTensor& memory) {
+            c10::string_view policy, const OptionalTensor& memory, bool listed) {
   PoolParams p = params_of(acc, mask, counts, x, x_mask, kind, act, act_params, act_weight,
                            inv_scale, threshold, policy);
+  TORCH_CHECK_VALUE(!listed || (memory.has_value() && acc.is_cuda()),
+                    "deltafx: a list of candidates is in memory on a CUDA device");
   p.window_y = window_of(kernel, stride, padding, dilation, 0);
   p.window_x = window_of(kernel, stride, padding, dilation, 1);
   TORCH_CHECK_VALUE(p.maximum || (p.window_y.dilation == 1 && p.window_x.dilation == 1),
@@ -99,7 +102,7 @@ void pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts, const T
   if (acc.is_cuda())
     return pool_on_cuda(
         p, acc, memory, window_rule(p.window_y, p.x.map.h, h, count_include_pad, divisor),
-        window_rule(p.window_x, p.x.map.w, w, count_include_pad, divisor == 0 ? 0 : 1));
+        window_rule(p.window_x, p.x.map.w, w, count_include_pad, divisor == 0 ? 0 : 1), listed);
 #endif
   int32_t* table = scratch_of<int32_t>(Scratch::tile, 3 * (h + w));
   p.y = window_axis(p.window_y, p.x.map.h, h, count_include_pad, table);
@@ -121,7 +124,8 @@ void adaptive_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts
   const int64_t h = p.out.acc.h, w = p.out.acc.w;
 #ifdef DELTAFX_CUDA
   if (acc.is_cuda())
-    return pool_on_cuda(p, acc, memory, adaptive_rule(p.x.map.h, h), adaptive_rule(p.x.map.w, w));
+    return pool_on_cuda(p, acc, memory, adaptive_rule(p.x.map.h, h), adaptive_rule(p.x.map.w, w),
+                        false);
 #endif
   int32_t* table = scratch_of<int32_t>(Scratch::tile, 3 * (h + w));
   p.y = adaptive_axis(p.x.map.h, h, table);
@@ -131,10 +135,12 @@ void adaptive_pool2d(const Tensor& acc, const Tensor& mask, const Tensor& counts
 
 }  // namespace
 
+// listed: `memory` holds the candidates and counts[0] their number, as find_candidates left them.
 TORCH_LIBRARY_FRAGMENT(deltafx, m) {
   m.def("pool2d(" DELTAFX_HEAD
         "Tensor x, Tensor x_mask, str kind, int[2] kernel, int[2] stride, int[2] padding, "
-        "int[2] dilation, bool count_include_pad, int? divisor_override, " DELTAFX_TAIL,
+        "int[2] dilation, bool count_include_pad, int? "
+        "divisor_override, " DELTAFX_ACTIVATION DELTAFX_RULE ", bool listed=False) -> ()",
         {at::Tag::pt2_compliant_tag});
   m.def("adaptive_pool2d(" DELTAFX_HEAD "Tensor x, Tensor x_mask, str kind, " DELTAFX_TAIL,
         {at::Tag::pt2_compliant_tag});

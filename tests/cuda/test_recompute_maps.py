@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -42,6 +43,15 @@ class Inverted(nn.Module):
         return y + x if self.adds else y
 
 
+def pooled() -> nn.Module:
+    """The beginning of a ResNet, and a pool in the middle of a block."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), Bottleneck(64, 16),
+        nn.Conv2d(64, 72, 3), nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.Conv2d(72, 64, 1),
+    ).eval().cuda()  # fmt: skip
+
+
 def inverted() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -50,18 +60,21 @@ def inverted() -> nn.Module:
     ).eval().cuda()  # fmt: skip
 
 
+MODELS = [blocks, inverted, pooled]
+
+
 def not_kept(compiled: deltafx.DeltaModule) -> list[str]:
     return [node.name for node in compiled.explain() if node.reason.startswith("not kept")]
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("make", [blocks, inverted], ids=["bottlenecks", "inverted"])
+@pytest.mark.parametrize("make", MODELS, ids=lambda f: f.__name__)
 def test_a_small_state_is_exact(make: Any, dtype: torch.dtype) -> None:
     net = make().to(dtype)
     for options in ({"dense_above": 1}, {"cuda_graph": False}, {}, {"dense_above": 0}):
         compiled = deltafx.compile(net, threshold=0, **LEAST, **options)  # type: ignore[arg-type]
         exact_over(net, compiled, clip(dtype))
-        assert len(not_kept(compiled)) >= 6
+        assert len(not_kept(compiled)) >= 3
         compiled.reset()
         exact_over(net, compiled, clip(dtype)[:3])
         compiled.reset(1)
@@ -69,7 +82,7 @@ def test_a_small_state_is_exact(make: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("make", [blocks, inverted], ids=["bottlenecks", "inverted"])
+@pytest.mark.parametrize("make", MODELS, ids=lambda f: f.__name__)
 def test_a_small_state_changes_nothing(make: Any, dtype: torch.dtype) -> None:
     """Bit for bit, where nothing is truncated."""
     net = make().to(dtype)
@@ -106,12 +119,12 @@ def test_a_limit_is_held() -> None:
     assert sum(sizes.values()) == compiled.state_bytes()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(12))
 def test_a_small_state_is_bounded(seed: int, device: torch.device) -> None:
     """What is kept is never farther than its threshold from the function of what is kept."""
     events = ("box", "noise", "box", "box", "static", "box", "noise", "box", "reset stream", "box")
     scene = Scene(events, seed)
-    net = (blocks, inverted)[seed % 2]()
+    net = MODELS[seed % 3]()
     dtype = HALVES[seed // 4 % 2]
     check_bounded((net, (3, 70, 90)), scene, 0.5, "rms", 1, dtype, device, dense_above=1, **LEAST)
 
@@ -129,8 +142,8 @@ def test_a_small_state_of_any_net_is_exact(
 def test_streams_in_a_small_state_do_not_touch_each_other() -> None:
     net = blocks().half()
     frames = clip(torch.float16)
-    together = deltafx.compile(net, dense_above=1, **LEAST).calibrate(frames[:1])
-    alone = [deltafx.compile(net, dense_above=1, **LEAST) for _ in range(2)]
+    together, *alone = (deltafx.compile(net, dense_above=1, **LEAST) for _ in range(3))
+    together.calibrate(frames[:1])
     for compiled in alone:
         compiled.calibrate([frames[0][:1], frames[0][1:]])
     for frame in frames:
@@ -156,4 +169,5 @@ def test_a_small_state_takes_less_memory() -> None:
         compiled(frame)
         peaks.append(torch.cuda.max_memory_allocated())
         del compiled
+        gc.collect()
     assert peaks[1] < 0.8 * peaks[0]
