@@ -53,6 +53,8 @@ def compute_everywhere(
             )
         elif node.target is torch.ops.deltafx.binary.default and _given(node)["act"] in _ACTS:
             _replace(graph, node, binary_everywhere, {})
+        elif node.target is torch.ops.deltafx.pool2d.default:
+            node.args = tuple({**_given(node), "listed": False}.values())  # all are candidates
         elif node.target is torch.ops.deltafx.find_candidates.default:
             graph.erase_node(node)
     for node in list(graph.nodes):

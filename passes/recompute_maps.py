@@ -13,7 +13,15 @@ A block is everything between two maps: all convolutions and pools that lead fro
 what it depends on of `source` changed; a site of a map within the block is computed where one of
 these candidates depends on it. Both are windows over the source's active sites, so their lists are
 found from its mask at once. Nothing is truncated within. Where the maps within are large, the
-streams take turns in the scratch memory. CUDA only, where operators go by lists.
+streams take turns in the scratch memory.
+
+    y = binary(a=n, b=gate, op="mul")          where it changed, not kept
+    o = conv2d(x=y, weight=1x1, residual=s)    there, compared and kept
+
+What a gate scales need not be kept either where its only reader is a 1x1 convolution: that reads it
+where it was just written. Where that adds a residual, whatever changed of this has to be among what
+was written: then `n` is not truncated, and its windows have what changed of `s` in their middle.
+CUDA only, where operators go by lists.
 """
 
 from __future__ import annotations
@@ -28,10 +36,11 @@ from torch import fx
 
 from deltafx.ops import delta_op, is_view
 from deltafx.ops.base import value
+from deltafx.ops.binary import binary
 from deltafx.ops.conv2d import conv2d
 from deltafx.ops.encode import encode
 from deltafx.ops.pool2d import pool2d
-from deltafx.passes.context import Context
+from deltafx.passes.context import Context, only_user
 from deltafx.passes.share_lists import LIST, MOST_FURTHER, Window, window_of
 from deltafx.state import Slot, StatePlan, list_room
 
@@ -110,6 +119,7 @@ class Block:
         output: The one whose map is.
         windows: Of each of these, over the source.
         parts: In how many parts the streams take turns.
+        whole: What must not be truncated besides.
         offsets: Of the inner maps in the scratch memory, in their order.
         scratch: Bytes of these together.
         lists: Bytes of its lists.
@@ -122,6 +132,7 @@ class Block:
     output: fx.Node
     windows: Mapping[fx.Node, Window]
     parts: int
+    whole: tuple[fx.Node, ...]
     offsets: tuple[int, ...]
     scratch: int
     lists: int
@@ -140,7 +151,8 @@ def recompute_maps(gm: fx.GraphModule, context: Context) -> int:
     if limit is None or not plan.lists or plan.bytes() <= limit:
         return 0
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    blocks = tuple(_blocks(gm.graph, order, plan, context.config.thresholds))
+    given = context.config.thresholds
+    blocks = (*_blocks(gm.graph, order, plan, given), *_gated(gm.graph, plan, given))
     chosen = _choose(blocks, order, plan.bytes() - limit)
     for block in chosen:
         context.plan = _apply(block, context.plan, len(plan.lists))
@@ -173,6 +185,56 @@ def _blocks(
             if within and closed and not any(n.name in never for n in within):
                 inside = tuple(sorted(within, key=order.__getitem__))
                 yield from _in_parts(source, inside, node, plan)
+
+
+def _gated(graph: fx.Graph, plan: StatePlan, given: Iterable[str]) -> Iterator[Block]:
+    """Maps that a gate scales, each with the convolution that alone reads it."""
+    alone, never = plan.alone(), set(given)
+    for node in graph.nodes:
+        if node.target is not binary or not node.meta.get("delta") or node.name not in alone:
+            continue
+        output = only_user(node)
+        maps = [n for n in (node.kwargs["a"], node.kwargs["b"]) if isinstance(n, fx.Node)]
+        same = [n for n in maps if n.meta.get("delta") and value(n).shape == value(node).shape]
+        if output is None or len(same) != 1 or node.name in never or output.name not in alone:
+            continue
+        if output.target is not conv2d or output.kwargs["x"] is not node:
+            continue
+        window, residual = window_of(output), output.kwargs.get("residual")
+        if not window.is_point or window.stride != [1, 1]:
+            continue
+        whole: tuple[fx.Node, ...] = ()
+        if residual is not None:
+            if residual.name not in alone or same[0].name in never:
+                continue
+            if not _writes_all_of(same[0], residual):
+                continue
+            whole = (same[0],)
+        size = plan.slots[node.name].map_bytes
+        n, _, h, w = value(output).shape
+        extra = LAUNCH + n * h * w * SHARE**2 * _macs(output) * len(whole)
+        yield Block(same[0], (node,), output, {}, 1, whole, (0,), size, 0, size, extra)
+
+
+def _writes_all_of(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a convolution that is not truncated is active wherever a map is that it is made of.
+
+    So it is where it reads just that, or what a 1x1 convolution makes of it without truncation, by
+    windows with the site in their middle.
+    """
+    if node.target is not conv2d or not node.meta.get("delta"):
+        return False
+    kernel, stride, padding, dilation = window_of(node)
+    middles = zip(kernel, stride, padding, dilation, strict=True)
+    if any(s != 1 or p % d != 0 or p // d >= k for k, s, p, d in middles):
+        return False
+    x: Any = node.kwargs["x"]
+    if x is source:
+        return True
+    if x.target is not conv2d or not x.meta.get("delta") or x.meta["truncates"]:
+        return False
+    window = window_of(x)
+    return x.kwargs["x"] is source and window.is_point and window.stride == [1, 1]
 
 
 def window_over(node: fx.Node) -> Window:
@@ -221,7 +283,9 @@ def _in_parts(
         lists = sum(4 * _room(found, parts) for found in made)
         launches = parts * (len(calls) + len(made)) - len(calls)
         extra = streams * more + _found(made) + LAUNCH * launches
-        yield Block(source, inner, output, windows, parts, offsets, scratch, lists, saved, extra)
+        yield Block(
+            source, inner, output, windows, parts, (), offsets, scratch, lists, saved, extra
+        )  # fmt: skip
 
 
 def _in_turns(slot: Slot, parts: int) -> Slot:
@@ -406,17 +470,19 @@ def _apply(block: Block, plan: StatePlan, first: int) -> StatePlan:
     for node, offset in zip(block.inner, block.offsets, strict=True):
         slot = _in_turns(slots[node.name], block.parts)
         slots[node.name] = dataclasses.replace(slot, scratch=offset)
+    for node in (*block.inner, *block.whole):
         node.meta["truncates"] = False
         truncating.pop(node.name, None)
     lists = list(plan.lists)
-    made = _lists(block.source, block.calls, block.windows)
+    made = _lists(block.source, tuple(block.windows), block.windows)
     for i, found in enumerate(made, first):
         for reader in found.readers:
             reader.meta[LIST] = i
         if i == len(lists):
             lists.append(0)
         lists[i] = max(lists[i], _room(found, block.parts))
-    block.inner[0].meta[BLOCK] = BlockCalls(made, block.calls, block.parts)
+    if made:
+        block.inner[0].meta[BLOCK] = BlockCalls(made, block.calls, block.parts)
     return dataclasses.replace(
         plan, slots=slots, truncating=truncating, lists=tuple(lists), turns=turns,
         seen_in_parts=frozenset(seen),
@@ -433,7 +499,7 @@ def _lists(
     most = 1 + MOST_FURTHER
     parts = [of[i : i + most] for of in readers.values() for i in range(0, len(of), most)]
     made = [BlockList(source, windows[of[0]], tuple(of)) for of in parts]
-    return (*made[1:], made[0])
+    return (*made[1:], *made[:1])
 
 
 def _room(found: BlockList, parts: int) -> int:

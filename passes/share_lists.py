@@ -110,6 +110,8 @@ def _further(node: fx.Node, order: dict[fx.Node, int], plan: StatePlan) -> tuple
         left.remove(reader)
         if LIST in reader.meta:
             continue  # it is active wherever its own list has sites
+        if not plan.kept(reader.kwargs["x"].name):
+            continue  # there is nothing to read but at its own candidates
         outside = _outside(reader, node, within)
         if outside is None or any(order[source] >= order[node] for source, _ in outside):
             continue

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision.ops import SqueezeExcitation
 
 import deltafx
 from deltafx.errors import StateLimitWarning, UnknownNodeError
@@ -52,6 +54,29 @@ def pooled() -> nn.Module:
     ).eval().cuda()  # fmt: skip
 
 
+class Gated(nn.Module):
+    """A block of EfficientNet."""
+
+    def __init__(self, cin: int, cout: int, stride: int = 1) -> None:
+        super().__init__()
+        self.one, self.three = nn.Conv2d(cin, 4 * cin, 1), nn.Conv2d(4 * cin, cout, 1)
+        self.two = nn.Conv2d(4 * cin, 4 * cin, 3, stride, 1, groups=4 * cin)
+        self.gate = SqueezeExcitation(4 * cin, cin)
+        self.adds = cin == cout and stride == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.three(self.gate(F.silu(self.two(F.silu(self.one(x))))))
+        return y + x if self.adds else y
+
+
+def gated() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, 2, 1), nn.SiLU(), Gated(24, 24), Gated(24, 40, 2), Gated(40, 40),
+        nn.Conv2d(40, 130, 1),
+    ).eval().cuda()  # fmt: skip
+
+
 def inverted() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -60,7 +85,7 @@ def inverted() -> nn.Module:
     ).eval().cuda()  # fmt: skip
 
 
-MODELS = [blocks, inverted, pooled]
+MODELS = [blocks, inverted, pooled, gated]
 
 
 def not_kept(compiled: deltafx.DeltaModule) -> list[str]:
@@ -124,7 +149,7 @@ def test_a_small_state_is_bounded(seed: int, device: torch.device) -> None:
     """What is kept is never farther than its threshold from the function of what is kept."""
     events = ("box", "noise", "box", "box", "static", "box", "noise", "box", "reset stream", "box")
     scene = Scene(events, seed)
-    net = MODELS[seed % 3]()
+    net = MODELS[seed % 4]()
     dtype = HALVES[seed // 4 % 2]
     check_bounded((net, (3, 70, 90)), scene, 0.5, "rms", 1, dtype, device, dense_above=1, **LEAST)
 

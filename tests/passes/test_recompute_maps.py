@@ -171,6 +171,43 @@ def test_a_threshold_of_its_own_keeps_a_map():
     assert "two0" in context.plan.truncating
 
 
+def gated(m: Any, x: Tensor) -> Tensor:
+    """A block whose 3x3 layer is scaled by a gate."""
+    x = m.stem(x).relu()
+    n = m.two(m.one(x)).relu()
+    return (m.three(n * m.gate(n.mean((2, 3), keepdim=True)).sigmoid()) + m.other(x)).sign()
+
+
+@pytest.mark.parametrize(
+    ("other", "kernel", "y_kept"),
+    [(nn.Identity(), 3, False), (nn.Conv2d(4, 4, 1), 3, True), (nn.Identity(), 2, True)],
+    ids=["its input", "another map", "windows without the site in their middle"],
+)
+def test_what_a_gate_scales(other: nn.Module, kernel: int, y_kept: bool) -> None:
+    net = Tiny(
+        gated, stem=nn.Conv2d(2, 4, 1), one=nn.Conv2d(4, 4, 1),
+        two=nn.Conv2d(4, 4, kernel, padding=1, dilation=4 - kernel),
+        three=nn.Conv2d(4, 4, 1), gate=nn.Conv2d(4, 4, 1), other=other,
+    )  # fmt: skip
+    gm, context = before(recompute_maps, net, whole(1, 2, 8, 8))
+    for node in gm.graph.nodes:
+        if node.name == "one":
+            node.meta["truncates"] = False  # as before a depthwise convolution
+    found = list(module._gated(gm.graph, context.plan, ()))
+    assert len(found) == (0 if y_kept else 1)
+    if y_kept:
+        return
+    (block,) = found
+    assert [n.name for n in (block.source, *block.inner, block.output)] == ["two", "mul", "three"]
+    assert [n.name for n in block.whole] == ["two"]
+    plan = module._apply(block, context.plan, 1)
+    assert not plan.kept("mul")
+    assert "mul" not in plan.truncating
+    assert "two" not in plan.truncating
+    assert not any(BLOCK in n.meta or LIST in n.meta for n in gm.graph.nodes)
+    assert not list(module._gated(gm.graph, context.plan, ["two"])), "it has a threshold"
+
+
 @pytest.mark.parametrize(
     ("f", "kept"),
     [
@@ -343,6 +380,19 @@ def test_in_the_lowered_graph(monkeypatch):
     assert all(i < len(plan.lists) for i in numbers)
     everywhere, _ = compute_everywhere(gm, graph, plan)
     assert not [n for n in everywhere.nodes if n.target is find_candidates]
+
+
+def test_a_pool_of_a_block_has_no_list_in_a_dense_frame(monkeypatch):
+    net = Tiny(lambda m, x: m.pool(m.a(x)).sign(), a=nn.Conv2d(2, 2, 3), pool=nn.MaxPool2d(2))
+    fix_blocks(monkeypatch, input_0_encoded="pool")
+    gm, context, _ = with_limit(net, whole(2, 2, 12, 12))
+    assert not_kept(gm, context) == {"a"}
+    graph, _ = lower_ops(gm, context)
+    everywhere, _ = compute_everywhere(gm, graph, context.plan)
+    pool = torch.ops.deltafx.pool2d.default
+    for each, listed in ((graph, True), (everywhere, False)):
+        (call,) = (n for n in each.nodes if n.target is pool)
+        assert call.args[-1] is listed
 
 
 def _argument(name: str) -> int:
