@@ -34,11 +34,12 @@ class Config:
         scale_floor: A channel's scale is at least this share of its layer's mean scale.
         max_states: How many states (one for each shape, dtype and device of the input) are kept;
             the least recently used is dropped.
-        max_state_bytes: How large a state may be. Where it would be larger, fewer accumulators are
-            kept, as few as that takes: the inner maps of blocks of convolutions are computed anew
-            wherever the block is, which costs multiply-adds and leaves results as they are but for
-            the truncation there. On CUDA devices; where it cannot be held, a `StateLimitWarning`
-            says so. `None` is no limit.
+        max_state_bytes: How large a state may be, of each part of a model that is compiled in
+            parts. Where it would be larger, fewer accumulators are kept, as few as that takes: the
+            inner maps of blocks of convolutions are computed anew wherever the block is. That costs
+            multiply-adds, and nothing is truncated within a block; results are otherwise the same.
+            On CUDA devices; where it cannot be held, a `StateLimitWarning` says so. `None` is no
+            limit.
         cuda_graph: Whether a frame on a CUDA device is launched as one CUDA graph.
         dense_above: In such a graph, the share of the input's squares of 16x16 sites that must have
             changed for a frame to be computed everywhere, convolutions by cuDNN; 1 is never. It is

@@ -152,26 +152,24 @@ def _parts(plan: StatePlan) -> dict[str, tuple[str, list[tuple[Any, ...]]]]:
     for slot in plan.slots.values():
         n, c, h, w = slot.shape
         if slot.scratch is not None:
-            part = (aten.slice.Tensor, 0, slot.scratch, slot.scratch + slot.map_bytes)
+            own = (aten.slice.Tensor, 0, slot.scratch, slot.scratch + slot.map_bytes)
             rows = [(aten.view.dtype, slot.dtype), (aten.view.default, [n, h, w, c])]
-            parts[acc_name(slot.name)] = (
-                SCRATCH,
-                [part, *rows, (aten.permute.default, [0, 3, 1, 2])],
-            )
+            turned = (aten.permute.default, [0, 3, 1, 2])
+            parts[acc_name(slot.name)] = (SCRATCH, [own, *rows, turned])
         first = starts[slot.name]
         cut = (aten.slice.Tensor, 0, first, first + slot.sites)
         parts[mask_name(slot.name)] = (MASKS, [cut, (aten.view.default, [n, h, w])])
-    for name, part in plan.parts():
+    for name, some in plan.parts():
         n = plan.slots[name].shape[0]
-        some = (aten.slice.Tensor, 0, part.first(n), part.first(n) + n // part.count)
-        parts[acc_name(name, part)] = (acc_name(name), [some])
-        parts[mask_name(name, part)] = (mask_name(name), [some])
+        turn = (aten.slice.Tensor, 0, some.first(n), some.first(n) + n // some.count)
+        parts[acc_name(name, some)] = (acc_name(name), [turn])
+        parts[mask_name(name, some)] = (mask_name(name), [turn])
     for place in plan.places.values():
         name, base = place_name(plan, place), acc_name(place.slot)
         if name != base:
             end = place.start + place.channels
             parts[name] = (base, [(aten.slice.Tensor, 1, place.start, end)])
-    for i, (node, part) in enumerate(plan.rows()):  # type: ignore[assignment]
+    for i, (node, part) in enumerate(plan.rows()):
         parts[counts_name(node, part)] = (COUNTS, [(aten.select.int, 0, i)])
     first = 0
     for i, (node, channels) in enumerate(plan.truncating.items()):

@@ -188,8 +188,8 @@ def allocate(plan: StatePlan) -> dict[str, Tensor]:
             if place.channels == whole.shape[1]
             else whole[:, place.start : place.start + place.channels]
         )
-    for name, part in plan.parts():
-        made[acc_name(name, part)] = part.of(made[acc_name(name)])
+    for name, some in plan.parts():
+        made[acc_name(name, some)] = some.of(made[acc_name(name)])
     first = 0
     for i, (node, channels) in enumerate(plan.truncating.items()):
         made[threshold_name(node)] = made[THRESHOLDS][i]
@@ -217,8 +217,8 @@ def allocate_frame(plan: StatePlan) -> dict[str, Tensor]:
         n, _, h, w = slot.shape
         first = starts[slot.name]
         made[mask_name(slot.name)] = made[MASKS][first : first + slot.sites].view(n, h, w)
-    for name, part in plan.parts():
-        made[mask_name(name, part)] = part.of(made[mask_name(name)])
+    for name, some in plan.parts():
+        made[mask_name(name, some)] = some.of(made[mask_name(name)])
     for i, (node, part) in enumerate(plan.rows()):
         made[counts_name(node, part)] = made[COUNTS][i]
     for i, ints in enumerate(plan.lists):

@@ -200,7 +200,8 @@ def _gated(graph: fx.Graph, plan: StatePlan, given: Iterable[str]) -> Iterator[B
             continue
         if output.target is not conv2d or output.kwargs["x"] is not node:
             continue
-        window, residual = window_of(output), output.kwargs.get("residual")
+        window = window_of(output)
+        residual: Any = output.kwargs.get("residual")
         if not window.is_point or window.stride != [1, 1]:
             continue
         whole: tuple[fx.Node, ...] = ()

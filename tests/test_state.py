@@ -12,15 +12,20 @@ from torch import nn
 
 import deltafx
 from deltafx.errors import InvalidInputError, InvalidOptionError, UnknownNodeError
+from deltafx.frame_program import _parts
 from deltafx.state import (
     COUNTS,
     MASKS,
+    Part,
     Place,
     Slot,
     StatePlan,
+    acc_name,
     allocate,
     allocated_bytes,
+    counts_name,
     frame_counts,
+    lose_state,
     mask_name,
 )
 from tests.branching_net import BranchingNet, clip
@@ -315,3 +320,69 @@ def test_instances_in_threads_equal_their_solo_runs():
 
 def deltafx_frame(compiled, frame):
     return [*compiled(frame), compiled.update_mask("a")]
+
+
+def small_plan() -> StatePlan:
+    """Two maps in the scratch memory, for two of four streams at a time."""
+    return StatePlan(
+        slots={
+            "kept": Slot("kept", (4, 3, 2, 5), torch.float32),
+            "first": Slot("first", (2, 8, 2, 5), torch.float32, scratch=0),
+            "second": Slot("second", (2, 8, 2, 5), torch.bfloat16, scratch=256),
+        },
+        places={name: Place(name, 0, 3 if name == "kept" else 8) for name in
+                ("kept", "first", "second")},
+        nodes=("first", "second", "kept"),
+        truncating={"kept": 3},
+        workspaces={},
+        device=torch.device("cpu"),
+        turns={"first": 2, "second": 2, "kept": 2},
+        seen_in_parts=frozenset({("kept", 2)}),
+    )  # fmt: skip
+
+
+def test_a_program_sees_the_parts_of_a_state_where_they_are():
+    plan = small_plan()
+    tensors = allocate(plan)
+    found = _parts(plan)
+    expected = {acc_name(n) for n in ("first", "second")} | {
+        name("kept", Part(i, 2)) for i in range(2) for name in (acc_name, mask_name)
+    }
+    assert expected <= set(found)
+    for name, (base, views) in found.items():
+        view = tensors.get(base)
+        if view is None:  # itself a view
+            inner, first = found[base]
+            view = tensors[inner]
+            views = [*first, *views]
+        for target, *args in views:
+            view = target(view, *args)
+        own = tensors[name]
+        assert view.data_ptr() == own.data_ptr(), name
+        assert (view.shape, view.stride(), view.dtype) == (own.shape, own.stride(), own.dtype)
+
+
+def test_maps_that_are_not_kept_share_memory_in_which_streams_take_turns():
+    plan = small_plan()
+    tensors = allocate(plan)
+    assert plan.scratch_bytes() == max(2 * 8 * 10 * 4, 256 + 2 * 8 * 10 * 2)
+    assert allocated_bytes(tensors.values()) == plan.bytes()
+    assert [plan.kept(name) for name in plan.nodes] == [False, False, True]
+    for name in ("first", "second"):
+        assert tensors[acc_name(name)].isnan().all(), "there is nothing to be read"
+        assert tensors[acc_name(name)].is_contiguous(memory_format=torch.channels_last)
+    second = Part(1, 2)
+    tensors[acc_name("kept")].copy_(torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 2, 5))
+    assert (tensors[acc_name("kept", second)][:, 0, 0, 0] == torch.tensor([2.0, 3.0])).all()
+    tensors[mask_name("kept", second)].fill_(True)
+    assert tensors[mask_name("kept")].sum((1, 2)).tolist() == [0, 0, 10, 10]
+    for row, name in enumerate(plan.nodes):
+        tensors[counts_name(name)][0] = row + 1
+        tensors[counts_name(name, second)][0] = 10
+        assert counts_name(name, Part(0, 2)) == counts_name(name)
+    on_cuda = dataclasses.replace(plan, device=torch.device("cuda"))
+    assert frame_counts(on_cuda, tensors) == [[11, 11], [12, 12], [13, 20]]
+    tensors[acc_name("first")].zero_()
+    lose_state(plan, tensors, [3])
+    assert tensors[acc_name("kept")].isnan().sum((1, 2, 3)).tolist() == [0, 0, 0, 30]
+    assert not tensors[acc_name("first")].isnan().any()

@@ -242,6 +242,7 @@ def memory(
 
     `first_frames` is the peak of the frames before that, in which cuDNN tries its algorithms.
     """
+    release()
     model = workload.build().cuda().half().to(memory_format=torch.channels_last)
     weights = torch.cuda.memory_allocated()
     moving = clips["box_0.05"]
