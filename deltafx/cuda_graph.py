@@ -185,9 +185,9 @@ class FrameGraph:
         """
         if self.branch() == "dense":
             plan = self._plan
-            sites = [plan.slots[plan.places[node].slot].sites for node, _ in plan.rows()]
+            rows = [[sites, 0] for sites in plan.row_sites()]
             self._tensors[MASKS].fill_(True)
-            self._tensors[COUNTS].copy_(torch.tensor([[n, 0] for n in sites], device=plan.device))
+            self._tensors[COUNTS].copy_(torch.tensor(rows, device=plan.device))
 
     def describe(self) -> str:
         """How frames run, in words for the user."""

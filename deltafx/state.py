@@ -111,6 +111,13 @@ class StatePlan:
         more = ((n, Part(i, count)) for n, count in self.turns.items() for i in range(1, count))
         return (*((n, None) for n in self.nodes), *more)
 
+    def row_sites(self) -> tuple[int, ...]:
+        """All sites that each row of `counts` stands for."""
+        slots = {node: self.slots[self.places[node].slot] for node in self.nodes}
+        return tuple(
+            slots[n].sites // (self.turns.get(n, 1) if self.kept(n) else 1) for n, _ in self.rows()
+        )
+
     def parts(self) -> tuple[tuple[str, Part], ...]:
         """The parts of slots that are seen in parts."""
         split = sorted(self.seen_in_parts)

@@ -382,6 +382,9 @@ def test_maps_that_are_not_kept_share_memory_in_which_streams_take_turns():
         assert counts_name(name, Part(0, 2)) == counts_name(name)
     on_cuda = dataclasses.replace(plan, device=torch.device("cuda"))
     assert frame_counts(on_cuda, tensors) == [[11, 11], [12, 12], [13, 20]]
+    tensors[COUNTS][:, 0] = torch.tensor(plan.row_sites())
+    tensors[MASKS].fill_(True)
+    assert frame_counts(on_cuda, tensors) == [[40, 40]] * 3, "as after a dense frame"
     tensors[acc_name("first")].zero_()
     lose_state(plan, tensors, [3])
     assert tensors[acc_name("kept")].isnan().sum((1, 2, 3)).tolist() == [0, 0, 0, 30]

@@ -129,6 +129,17 @@ def test_a_small_state_changes_nothing(make: Any, dtype: torch.dtype) -> None:
     assert len(some) + len(least.thresholds) >= len(kept.thresholds)
 
 
+def test_a_dense_frame_counts_every_site_once() -> None:
+    compiled = deltafx.compile(blocks().half(), threshold=0, dense_above=0, **LEAST)  # type: ignore[arg-type]
+    for frame in clip(torch.float16):
+        compiled(frame)
+    compiled(clip(torch.float16)[0])
+    stats = compiled.stats()
+    assert stats.branch == "dense"
+    assert all(n.candidates == n.active == n.sites for n in list(stats.nodes.values())[1:])
+    assert any("not kept" in n.reason for n in compiled.explain())
+
+
 def test_a_limit_is_held() -> None:
     net = blocks().half()
     frames = clip(torch.float16)
