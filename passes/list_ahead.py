@@ -86,7 +86,7 @@ def _found_beside(
     node: fx.Node, order: dict[fx.Node, int], plan: StatePlan, alone: set[str]
 ) -> ListAhead | None:
     """What can be found beside a convolution, and should be."""
-    if not is_ours(node) or not _is_site_by_site(node):
+    if not is_ours(node) or not window_of(node).is_own_site:
         return None
     if node.kwargs.get("residual") is not None or node.kwargs.get("groups", 1) != 1:
         return None
@@ -125,7 +125,7 @@ def _readers(
                 return False
             residual: Any = node.kwargs.get("residual")
             inside = residual is None or residual in readers or _within(residual, first, source)
-            return inside and _is_site_by_site(node) and node.meta["truncates"]
+            return inside and window_of(node).is_own_site and node.meta["truncates"]
 
         behind = [n for n in last.users if reads(n) and bears_list(n, plan, wider, ahead=True)]
         if not behind:
@@ -140,8 +140,7 @@ def _within(node: fx.Node, first: fx.Node, source: fx.Node) -> bool:
     So it is for `source`, and for a convolution that reads just the middle of these windows.
     """
     window = window_of(first)
-    middles = zip(window.kernel, window.padding, window.dilation, strict=True)
-    if any(p % d != 0 or p // d >= k for k, p, d in middles):
+    if not window.has_middle:
         return False
     if node is source:
         return window.stride == [1, 1]
@@ -149,11 +148,6 @@ def _within(node: fx.Node, first: fx.Node, source: fx.Node) -> bool:
         return False
     its = window_of(node)
     return its.is_point and its.stride == window.stride and node.kwargs.get("residual") is None
-
-
-def _is_site_by_site(node: fx.Node) -> bool:
-    window = window_of(node)
-    return window.is_point and window.stride == [1, 1]
 
 
 __all__ = ["AHEAD", "ListAhead", "list_ahead"]

@@ -117,12 +117,11 @@ class Block:
         source: Which map it reads.
         inner: The operators whose maps are not kept, in order.
         output: The one whose map is.
-        windows: Of each of these, over the source.
+        lists: By which it goes, if it does; the last is read first.
         parts: In how many parts the streams take turns.
         whole: What must not be truncated besides.
         offsets: Of the inner maps in the scratch memory, in their order.
         scratch: Bytes of these together.
-        lists: Bytes of its lists.
         saved: Bytes of the accumulators that need not be kept.
         extra: What it costs, where `SHARE` of the picture changed: multiply-adds.
     """
@@ -130,12 +129,11 @@ class Block:
     source: fx.Node
     inner: tuple[fx.Node, ...]
     output: fx.Node
-    windows: Mapping[fx.Node, Window]
+    lists: tuple[BlockList, ...]
     parts: int
     whole: tuple[fx.Node, ...]
     offsets: tuple[int, ...]
     scratch: int
-    lists: int
     saved: int
     extra: float
 
@@ -143,6 +141,11 @@ class Block:
     def calls(self) -> tuple[fx.Node, ...]:
         """All of its operators, in order."""
         return (*self.inner, self.output)
+
+    @property
+    def list_bytes(self) -> int:
+        """Bytes of its lists."""
+        return sum(4 * _room(found, self.parts) for found in self.lists)
 
 
 def recompute_maps(gm: fx.GraphModule, context: Context) -> int:
@@ -168,13 +171,13 @@ def _blocks(
         n for n in graph.nodes
         if n.target in (conv2d, pool2d) and n.meta.get("delta") and n.name in alone
     }  # fmt: skip
-    never = set(given)
-    for source in graph.nodes:
+    never, nodes = set(given), list(graph.nodes)
+    for source in nodes:
         if not source.meta.get("delta") or is_view(source) or source.name not in alone:
             continue
         before: dict[fx.Node, frozenset[fx.Node]] = {source: frozenset()}
         # All that is computed of the source alone, as far as a block may go.
-        for node in list(graph.nodes)[order[source] + 1 :]:
+        for node in nodes[order[source] + 1 :]:
             if node not in inner or not all(n in before for n in _maps_of(node)):
                 continue
             within = frozenset().union(*(before[n] | {n} for n in _maps_of(node))) - {source}
@@ -200,9 +203,8 @@ def _gated(graph: fx.Graph, plan: StatePlan, given: Iterable[str]) -> Iterator[B
             continue
         if output.target is not conv2d or output.kwargs["x"] is not node:
             continue
-        window = window_of(output)
         residual: Any = output.kwargs.get("residual")
-        if not window.is_point or window.stride != [1, 1]:
+        if not window_of(output).is_own_site:
             continue
         whole: tuple[fx.Node, ...] = ()
         if residual is not None:
@@ -214,7 +216,7 @@ def _gated(graph: fx.Graph, plan: StatePlan, given: Iterable[str]) -> Iterator[B
         size = plan.slots[node.name].map_bytes
         n, _, h, w = value(output).shape
         extra = LAUNCH + n * h * w * SHARE**2 * _macs(output) * len(whole)
-        yield Block(same[0], (node,), output, {}, 1, whole, (0,), size, 0, size, extra)
+        yield Block(same[0], (node,), output, (), 1, whole, (0,), size, size, extra)
 
 
 def _writes_all_of(node: fx.Node, source: fx.Node) -> bool:
@@ -225,20 +227,18 @@ def _writes_all_of(node: fx.Node, source: fx.Node) -> bool:
     """
     if node.target is not conv2d or not node.meta.get("delta"):
         return False
-    kernel, stride, padding, dilation = window_of(node)
-    middles = zip(kernel, stride, padding, dilation, strict=True)
-    if any(s != 1 or p % d != 0 or p // d >= k for k, s, p, d in middles):
+    window = window_of(node)
+    if window.stride != [1, 1] or not window.has_middle:
         return False
     x: Any = node.kwargs["x"]
     if x is source:
         return True
     if x.target is not conv2d or not x.meta.get("delta") or x.meta["truncates"]:
         return False
-    window = window_of(x)
-    return x.kwargs["x"] is source and window.is_point and window.stride == [1, 1]
+    return x.kwargs["x"] is source and window_of(x).is_own_site
 
 
-def window_over(node: fx.Node) -> Window:
+def _window_over(node: fx.Node) -> Window:
     """The window of a convolution or a pool."""
     if node.target is conv2d:
         return window_of(node)
@@ -270,9 +270,9 @@ def _in_parts(
         return
     calls = (*inner, output)
     windows = _windows(source, calls, reaches)
-    made = _lists(source, calls, windows)
+    lists = _lists(source, windows)
     streams = value(output).shape[0]
-    more = sum(_macs(n) * (_sites(n, windows[n]) - _sites(n, window_over(n))) for n in calls)
+    more = sum(_macs(n) * (_sites(n, windows[n]) - _sites(n, _window_over(n))) for n in calls)
     saved = sum(plan.slots[n.name].map_bytes for n in inner)
     read_until = [_last_reader(n, calls) for n in inner]
     for parts in PARTS:
@@ -281,12 +281,9 @@ def _in_parts(
         slots = [_in_turns(plan.slots[n.name], parts) for n in inner]
         offsets = _offsets(slots, read_until)
         scratch = max(o + slot.map_bytes for o, slot in zip(offsets, slots, strict=True))
-        lists = sum(4 * _room(found, parts) for found in made)
-        launches = parts * (len(calls) + len(made)) - len(calls)
-        extra = streams * more + _found(made) + LAUNCH * launches
-        yield Block(
-            source, inner, output, windows, parts, (), offsets, scratch, lists, saved, extra
-        )  # fmt: skip
+        launches = parts * (len(calls) + len(lists)) - len(calls)
+        extra = streams * more + _found(lists) + LAUNCH * launches
+        yield Block(source, inner, output, lists, parts, (), offsets, scratch, saved, extra)
 
 
 def _in_turns(slot: Slot, parts: int) -> Slot:
@@ -310,7 +307,7 @@ def _reaches(
     one = Reach(1, 0, 0)
     found: dict[fx.Node, Reaches] = {output: (one, one)}
     for user in (output, *reversed(inner)):
-        window = window_over(user)
+        window = _window_over(user)
         y, x = (
             reach.through(*numbers)
             for reach, numbers in zip(found[user], zip(*window, strict=True), strict=True)
@@ -432,7 +429,7 @@ def _cost(blocks: Sequence[Block]) -> float:
 def _off(blocks: Sequence[Block]) -> int:
     """How many bytes blocks take off the state."""
     saved = sum(block.saved for block in blocks)
-    return saved - max((b.scratch + b.lists for b in blocks), default=0)
+    return saved - max((b.scratch + b.list_bytes for b in blocks), default=0)
 
 
 class _Row:
@@ -475,28 +472,25 @@ def _apply(block: Block, plan: StatePlan, first: int) -> StatePlan:
         node.meta["truncates"] = False
         truncating.pop(node.name, None)
     lists = list(plan.lists)
-    made = _lists(block.source, tuple(block.windows), block.windows)
-    for i, found in enumerate(made, first):
+    for i, found in enumerate(block.lists, first):
         for reader in found.readers:
             reader.meta[LIST] = i
         if i == len(lists):
             lists.append(0)
         lists[i] = max(lists[i], _room(found, block.parts))
-    if made:
-        block.inner[0].meta[BLOCK] = BlockCalls(made, block.calls, block.parts)
+    if block.lists:
+        block.inner[0].meta[BLOCK] = BlockCalls(block.lists, block.calls, block.parts)
     return dataclasses.replace(
         plan, slots=slots, truncating=truncating, lists=tuple(lists), turns=turns,
         seen_in_parts=frozenset(seen),
     )  # fmt: skip
 
 
-def _lists(
-    source: fx.Node, calls: Sequence[fx.Node], windows: Mapping[fx.Node, Window]
-) -> tuple[BlockList, ...]:
-    """One for each window; the list that is read first comes last."""
+def _lists(source: fx.Node, windows: Mapping[fx.Node, Window]) -> tuple[BlockList, ...]:
+    """One for each window of calls in order; the list that is read first comes last."""
     readers: dict[str, list[fx.Node]] = {}
-    for node in calls:
-        readers.setdefault(str(windows[node]), []).append(node)
+    for node, window in windows.items():
+        readers.setdefault(str(window), []).append(node)
     most = 1 + MOST_FURTHER
     parts = [of[i : i + most] for of in readers.values() for i in range(0, len(of), most)]
     made = [BlockList(source, windows[of[0]], tuple(of)) for of in parts]

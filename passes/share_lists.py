@@ -196,6 +196,17 @@ class Window(NamedTuple):
         """Whether it is one site, and all of them lie in the input."""
         return self.kernel == [1, 1] and self.padding == [0, 0]
 
+    @property
+    def is_own_site(self) -> bool:
+        """Whether it is the very site that it is for."""
+        return self.is_point and self.stride == [1, 1]
+
+    @property
+    def has_middle(self) -> bool:
+        """Whether the site at `stride` times its own position is one of its taps."""
+        axes = zip(self.kernel, self.padding, self.dilation, strict=True)
+        return all(p % d == 0 and p // d < k for k, p, d in axes)
+
 
 def window_of(node: fx.Node) -> Window:
     """The window of a convolution."""

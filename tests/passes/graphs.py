@@ -87,11 +87,16 @@ def before(rewrite: Pass, model: nn.Module, *xs: Tensor) -> tuple[fx.GraphModule
     return gm, context
 
 
+def give_lists(context: Context) -> None:
+    """Plans a list that is long enough for every operator, as on a device with lists."""
+    longest = max(list_room(s.sites, s.shape[0]) for s in context.plan.slots.values())
+    context.plan = dataclasses.replace(context.plan, lists=(longest,))
+
+
 def with_lists(rewrite: Pass, model: nn.Module, *xs: Tensor) -> tuple[fx.GraphModule, Context, int]:
     """The planned graph after a pass on lists, as for a device with lists; and the pass's count."""
     gm, context = before(rewrite, model, *xs)
-    longest = max(list_room(s.sites, s.shape[0]) for s in context.plan.slots.values())
-    context.plan = dataclasses.replace(context.plan, lists=(longest,))
+    give_lists(context)
     run_beside(gm, context)
     count = rewrite(gm, context)
     verify(gm.graph, "planned", context.plan)

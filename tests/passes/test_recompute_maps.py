@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 import random
@@ -27,11 +26,10 @@ from deltafx.state import (
     allocated_bytes,
     counts_name,
     list_name,
-    list_room,
     mask_name,
 )
 from deltafx.verify import verify
-from tests.passes.graphs import Tiny, before, whole
+from tests.passes.graphs import Tiny, before, give_lists, whole
 
 module: Any = importlib.import_module("deltafx.passes.recompute_maps")
 BLOCK, recompute_maps = module.BLOCK, module.recompute_maps
@@ -44,14 +42,13 @@ def with_limit(
     """The planned graph after the pass, as for a device with lists; and the pass's count."""
     gm, context = before(recompute_maps, model, *xs)
     context.config = Config(max_state_bytes=limit, **options)
-    longest = max(list_room(s.sites, s.shape[0]) for s in context.plan.slots.values())
-    context.plan = dataclasses.replace(context.plan, lists=(longest,))
+    give_lists(context)
     count = recompute_maps(gm, context)
     verify(gm.graph, "planned", context.plan)
     return gm, context, count
 
 
-def not_kept(gm: fx.GraphModule, context: Any) -> set[str]:
+def not_kept(context: Any) -> set[str]:
     return {n for n in context.plan.nodes if not context.plan.kept(n)}
 
 
@@ -108,7 +105,7 @@ def test_a_block_and_its_windows(monkeypatch):
     fix_blocks(monkeypatch, stem="three0")
     gm, context, count = with_limit(bottlenecks(1), whole(1, 2, 9, 10))
     assert count == 2
-    assert not_kept(gm, context) == {"one0", "two0"}
+    assert not_kept(context) == {"one0", "two0"}
     assert blocks_of(gm) == {
         "one0": [(points(3), ["two0", "three0"]), (points(5), ["one0"])],
     }
@@ -120,7 +117,7 @@ def test_a_block_and_its_windows(monkeypatch):
 def test_a_block_with_a_stride(monkeypatch):
     fix_blocks(monkeypatch, stem="three0")
     gm, context, _ = with_limit(bottlenecks(2), whole(1, 2, 9, 10))
-    assert not_kept(gm, context) == {"one0", "two0", "down0"}
+    assert not_kept(context) == {"one0", "two0", "down0"}
     ((first, lists),) = blocks_of(gm).items()
     readers = {name: window for window, names in lists for name in names}
     # The windows of the 3x3 layer touch a site; they are three sites wide, two apart.
@@ -133,7 +130,7 @@ def test_a_block_with_a_stride(monkeypatch):
 def test_a_block_of_several(monkeypatch):
     fix_blocks(monkeypatch, stem="three1")
     gm, context, _ = with_limit(bottlenecks(1, 1), whole(1, 2, 20, 20))
-    assert not_kept(gm, context) >= {"one0", "two0", "three0", "one1", "two1"}
+    assert not_kept(context) >= {"one0", "two0", "three0", "one1", "two1"}
     ((_, lists),) = blocks_of(gm).items()
     readers = {name: window for window, names in lists for name in names}
     first = readers["one0"][0][0]
@@ -143,16 +140,16 @@ def test_a_block_of_several(monkeypatch):
 
 def test_no_more_than_it_takes():
     net, x = bottlenecks(1, 2, 1, wide=16), whole(2, 2, 24, 24)
-    gm, context, count = with_limit(net, x, limit=None)
-    assert (count, not_kept(gm, context)) == (0, set())
+    _, context, count = with_limit(net, x, limit=None)
+    assert (count, not_kept(context)) == (0, set())
     everything = context.plan.bytes()
     assert with_limit(net, x, limit=everything)[2] == 0
     sizes, kept = [], []
     for share in (0.95, 0.85, 0.75):
         limit = int(everything * share)
-        gm, context, count = with_limit(net, x, limit=limit)
+        _, context, count = with_limit(net, x, limit=limit)
         assert context.plan.bytes() <= limit
-        assert count == len(not_kept(gm, context)) > 0
+        assert count == len(not_kept(context)) > 0
         kept.append(len(context.plan.nodes) - count)
         sizes.append(context.plan.bytes())
         with torch.device("cpu"):
@@ -166,7 +163,7 @@ def test_no_more_than_it_takes():
 def test_a_threshold_of_its_own_keeps_a_map():
     net, x = bottlenecks(1), whole(1, 2, 9, 10)
     gm, context, _ = with_limit(net, x, thresholds={"two0": 0.3})
-    assert "two0" not in not_kept(gm, context)
+    assert "two0" not in not_kept(context)
     assert gm.graph.owning_module is gm
     assert "two0" in context.plan.truncating
 
@@ -225,9 +222,9 @@ def test_what_others_read_is_kept(f: Callable[..., Any], kept: set[str] | None):
     )
     gm, context, _ = with_limit(net, whole(1, 2, 8, 8))
     for node in gm.graph.nodes:
-        if node.name in not_kept(gm, context):
+        if node.name in not_kept(context):
             assert all(u.meta.get("delta") and u.target is node.target for u in node.users)
-    assert kept is None or not kept & not_kept(gm, context)
+    assert kept is None or not kept & not_kept(context)
 
 
 def test_maps_in_the_scratch_memory_do_not_overlap_while_they_are_read():
@@ -368,7 +365,7 @@ def test_in_the_lowered_graph(monkeypatch):
     plan = context.plan
     for call in calls:
         name = call.meta.get("lowered_from")
-        if name in not_kept(gm, context):
+        if name in not_kept(context):
             assert call.args[0].target == acc_name(name)
             assert call.args[1].target == mask_name(name)
             assert call.args[2].target == counts_name(name)
@@ -386,7 +383,7 @@ def test_a_pool_of_a_block_has_no_list_in_a_dense_frame(monkeypatch):
     net = Tiny(lambda m, x: m.pool(m.a(x)).sign(), a=nn.Conv2d(2, 2, 3), pool=nn.MaxPool2d(2))
     fix_blocks(monkeypatch, input_0_encoded="pool")
     gm, context, _ = with_limit(net, whole(2, 2, 12, 12))
-    assert not_kept(gm, context) == {"a"}
+    assert not_kept(context) == {"a"}
     graph, _ = lower_ops(gm, context)
     everywhere, _ = compute_everywhere(gm, graph, context.plan)
     pool = torch.ops.deltafx.pool2d.default
