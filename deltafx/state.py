@@ -213,24 +213,40 @@ def allocate_frame(plan: StatePlan) -> dict[str, Tensor]:
 
     All are empty.
     """
-    device, starts = plan.device, plan.first_sites()
-    made: dict[str, Tensor] = {
-        MASKS: torch.zeros(
-            sum(mask_room(s.sites) for s in plan.slots.values()), dtype=torch.bool, device=device
-        ),
-        COUNTS: torch.zeros((len(plan.rows()), 2), dtype=torch.int64, device=device),
-    }
+    starts = plan.first_sites()
+    rooms = [mask_room(slot.sites) for slot in plan.slots.values()]
+    masks = torch.zeros(sum(rooms), dtype=torch.bool, device=plan.device)
+    lists = [torch.zeros(n, dtype=torch.int32, device=plan.device) for n in plan.lists]
+    return _frame_of(plan, masks, starts, lists)
+
+
+def allocate_everywhere(plan: StatePlan) -> dict[str, Tensor]:
+    """Makes the same tensors for a frame that is computed everywhere, one operator after another.
+
+    All masks are set; they lie in the same memory, and so do all lists.
+    """
+    room = max((mask_room(slot.sites) for slot in plan.slots.values()), default=0)
+    masks = torch.ones(room, dtype=torch.bool, device=plan.device)
+    longest = torch.zeros(max(plan.lists, default=0), dtype=torch.int32, device=plan.device)
+    lists = [longest[:n] for n in plan.lists]
+    return _frame_of(plan, masks, dict.fromkeys(plan.slots, 0), lists)
+
+
+def _frame_of(
+    plan: StatePlan, masks: Tensor, starts: Mapping[str, int], lists: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Those tensors, with masks that begin at `starts` in one."""
+    counts = torch.zeros((len(plan.rows()), 2), dtype=torch.int64, device=plan.device)
+    made: dict[str, Tensor] = {MASKS: masks, COUNTS: counts}
     for slot in plan.slots.values():
         n, _, h, w = slot.shape
         first = starts[slot.name]
-        made[mask_name(slot.name)] = made[MASKS][first : first + slot.sites].view(n, h, w)
+        made[mask_name(slot.name)] = masks[first : first + slot.sites].view(n, h, w)
     for name, some in plan.parts():
         made[mask_name(name, some)] = some.of(made[mask_name(name)])
     for i, (node, part) in enumerate(plan.rows()):
-        made[counts_name(node, part)] = made[COUNTS][i]
-    for i, ints in enumerate(plan.lists):
-        made[list_name(i)] = torch.zeros(ints, dtype=torch.int32, device=device)
-    return made
+        made[counts_name(node, part)] = counts[i]
+    return made | {list_name(i): t for i, t in enumerate(lists)}
 
 
 def lose_state(

@@ -45,8 +45,8 @@ bool is_plain(const Tensor& t) {
 bool is_whole(const Tensor& t) { return is_plain(t) && t.is_non_overlapping_and_dense(); }
 
 // Another of the same layout, with nothing in it yet.
-Tensor another(const Tensor& t) {
-  return at::detail::empty_strided_cuda(t.sizes(), t.strides(), t.scalar_type(), t.device());
+Tensor another(const Tensor& t, const c10::Device& device) {
+  return at::detail::empty_strided_cuda(t.sizes(), t.strides(), t.scalar_type(), device);
 }
 
 // Whether elements of two tensors lie equally far apart.
@@ -61,8 +61,9 @@ class FrameLaunch : public torch::CustomClassHolder {
  public:
   // graph: the cudaGraph_t, or 0, if another launches it: between `read` and `results`. inputs:
   // what it reads. readers: for each of them the node that alone reads it (see last_node), or 0:
-  // then frames are copied there. outputs: what it writes. writers: for each of them the node that
-  // hands it out, or 0: then it is copied behind the graph. Whoever makes this keeps the graph.
+  // then frames are copied there, else the input's own memory is not needed any more. outputs: what
+  // it writes. writers: for each of them the node that hands it out, or 0: then it is copied behind
+  // the graph. Whoever makes this keeps the graph.
   FrameLaunch(int64_t graph, std::vector<Tensor> inputs, const std::vector<int64_t>& readers,
               std::vector<Tensor> outputs, const std::vector<int64_t>& writers)
       : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
@@ -70,21 +71,24 @@ class FrameLaunch : public torch::CustomClassHolder {
                 " outputs and ", writers.size(), " writers of them");
     TORCH_CHECK(!inputs_.empty() && inputs_.size() == readers.size(), "deltafx: there are ",
                 inputs_.size(), " inputs and ", readers.size(), " readers of them");
-    const c10::cuda::CUDAGuard guard(inputs_[0].device());
+    device_ = inputs_[0].device();
+    const c10::cuda::CUDAGuard guard(device_);
     if (graph != 0)
       C10_CUDA_CHECK(cudaGraphInstantiateWithFlags(&graph_,
                                                    reinterpret_cast<cudaGraph_t>(graph),  // NOLINT
                                                    cudaGraphInstantiateFlagAutoFreeOnLaunch));
     for (size_t i = 0; i < inputs_.size(); ++i) {
       auto* node = reinterpret_cast<cudaGraphNode_t>(readers[i]);  // NOLINT: as torch's handles
-      const void* own = inputs_[i].const_data_ptr();
-      if (graph_ == nullptr || node == nullptr || !is_plain(inputs_[i])) {
+      Tensor& own = inputs_[i];
+      if (graph_ == nullptr || node == nullptr || !is_plain(own)) {
         node = nullptr;
-      } else if (cuda::read_frame(graph_, node, own) != cudaSuccess) {
+      } else if (cuda::read_frame(graph_, node, own.const_data_ptr()) != cudaSuccess) {
         cudaGetLastError();  // it cannot be told to, so its frames are copied
         node = nullptr;
+      } else {
+        own = own.to(at::kMeta);  // its layout is all that is asked for
       }
-      readers_.push_back({node, own});
+      readers_.push_back({node, nullptr});
     }
     for (const int64_t writer : writers)
       writers_.push_back(graph_ == nullptr ? nullptr
@@ -98,12 +102,12 @@ class FrameLaunch : public torch::CustomClassHolder {
 
   // On the current stream; waits for nothing.
   std::vector<Tensor> run(const std::vector<Tensor>& frames) {
-    const c10::cuda::CUDAGuard guard(inputs_[0].device());
-    read(frames);
+    const c10::cuda::CUDAGuard guard(device_);
+    const std::vector<Tensor> converted = read(frames);
     std::vector<Tensor> made;
     made.reserve(outputs_.size());
     for (size_t i = 0; i < outputs_.size(); ++i) {
-      made.push_back(writers_[i] == nullptr ? Tensor() : another(outputs_[i]));
+      made.push_back(writers_[i] == nullptr ? Tensor() : another(outputs_[i], device_));
       if (writers_[i] != nullptr)
         C10_CUDA_CHECK(cuda::hand_out_to(graph_, writers_[i], made[i].mutable_data_ptr()));
     }
@@ -113,17 +117,28 @@ class FrameLaunch : public torch::CustomClassHolder {
     return made;
   }
 
-  // Lets the next launch read these frames.
-  void read(const std::vector<Tensor>& frames) {
+  // Lets the next launch read these frames; returns what has to be there until then.
+  std::vector<Tensor> read(const std::vector<Tensor>& frames) {
+    std::vector<Tensor> converted;
     TORCH_CHECK_VALUE(frames.size() == inputs_.size(), "deltafx: the graph has ", inputs_.size(),
                       " inputs, not ", frames.size());
     for (size_t i = 0; i < frames.size(); ++i) {
-      const void* from = where_to_read(i, frames[i]);
       Reader& reader = readers_[i];
+      if (reader.node == nullptr) {
+        inputs_[i].copy_(frames[i], /*non_blocking=*/true);
+        continue;
+      }
+      const bool readable = is_readable(inputs_[i], frames[i]);
+      if (!readable) {
+        converted.push_back(another(inputs_[i], device_));
+        converted.back().copy_(frames[i], /*non_blocking=*/true);
+      }
+      const void* from = (readable ? frames[i] : converted.back()).const_data_ptr();
       if (from == reader.from) continue;
       C10_CUDA_CHECK(cuda::read_frame(graph_, reader.node, from));
       reader.from = from;
     }
+    return converted;
   }
 
   // Copies of the outputs, which later frames leave alone.
@@ -142,24 +157,19 @@ class FrameLaunch : public torch::CustomClassHolder {
  private:
   struct Reader {
     cudaGraphNode_t node;  // null: frames are copied
-    const void* from;      // where the graph reads the input
+    const void* from;      // where the graph reads the input, once it was told
   };
 
-  // The frame's own memory, or the input's with the frame in it.
-  const void* where_to_read(size_t i, const Tensor& frame) const {
-    const Tensor& own = inputs_[i];
-    if (readers_[i].node != nullptr && is_plain(frame) && frame.device() == own.device() &&
-        frame.scalar_type() == own.scalar_type() && lies_as(frame, own)) {
-      const void* from = frame.const_data_ptr();
-      if (reinterpret_cast<uintptr_t>(from) % kAlignment == 0) return from;
-    }
-    own.copy_(frame, /*non_blocking=*/true);
-    return own.const_data_ptr();
+  // Whether a frame can be read where it is, in an input's place.
+  bool is_readable(const Tensor& own, const Tensor& frame) const {
+    return is_plain(frame) && frame.device() == device_ &&
+           frame.scalar_type() == own.scalar_type() && lies_as(frame, own) &&
+           reinterpret_cast<uintptr_t>(frame.const_data_ptr()) % kAlignment == 0;
   }
 
   static Tensor copy_of(const Tensor& t) {
     if (!is_whole(t)) return t.clone();
-    Tensor made = another(t);
+    Tensor made = another(t, t.device());
     C10_CUDA_CHECK(cudaMemcpyAsync(made.mutable_data_ptr(), t.const_data_ptr(), t.nbytes(),
                                    cudaMemcpyDeviceToDevice,
                                    c10::cuda::getCurrentCUDAStream(t.get_device()).stream()));
@@ -167,6 +177,7 @@ class FrameLaunch : public torch::CustomClassHolder {
   }
 
   std::vector<Tensor> inputs_, outputs_;
+  c10::Device device_ = c10::kCUDA;
   std::vector<Reader> readers_;
   std::vector<cudaGraphNode_t> writers_;
   cudaGraphExec_t graph_ = nullptr;

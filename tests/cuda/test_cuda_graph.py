@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -173,6 +174,30 @@ def test_only_frames_in_other_layouts_are_copied() -> None:
     for frame in frames_of("contiguous"):
         assert copies_in(functools.partial(model, frame)) == 0
     assert copies_in(functools.partial(model, frames_of("not aligned")[0])) == 1
+
+
+def test_no_frame_is_kept() -> None:
+    """A graph that is told where frames are needs no memory for them; nor for those it converts."""
+    net, large = nn.Conv2d(3, 8, 16, 16).cuda().eval(), (1, 3, 2048, 2048)
+    model = deltafx.compile(net, threshold=0, dense_above=1)
+    shape = torch.randn(large, device="cuda")
+    for _ in range(WARM_UP_FRAMES + 2):
+        model(shape)
+    gc.collect()
+    run = model._require().run
+    assert run.captured
+    assert not run._inputs
+    state = model.state_bytes()
+    frame_bytes = shape.nbytes
+    kept = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.is_cuda]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    before = torch.cuda.memory_allocated()
+    assert before < sum(sizes.values()) + frame_bytes / 2, "what no tensor here accounts for"
+    assert state > frame_bytes, "but the last frame's accumulator"
+    for other in (shape.contiguous(memory_format=torch.channels_last), shape.half(), shape):
+        model(other)
+        del other
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_a_picture_on_its_own_is_a_frame_in_place() -> None:
