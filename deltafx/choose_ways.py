@@ -4,6 +4,9 @@ No one of the `ways` is the best for all shapes. cuDNN can add bias, residual an
 convolution itself, but has then few kernels to choose from, and for some shapes slow ones only (384
 to 96 channels by a kernel without tensor cores); an activation that it cannot add is another pass
 over memory, unless a kernel of ours takes the convolution. All ways give the same map.
+
+Some of cuDNN's kernels want memory to work in, for an image's first layer as much as its result.
+Where memory is short, those that want the least are taken, and of these the quickest.
 """
 
 from __future__ import annotations
@@ -21,24 +24,32 @@ _NAMES, _TELLING = tuple(signature(conv2d_everywhere).parameters), signature(way
 
 
 def choose_ways(
-    gm: fx.GraphModule, inputs: tuple[Any, ...], milliseconds: Callable[[Callable[[], None]], float]
+    gm: fx.GraphModule,
+    inputs: tuple[Any, ...],
+    measure: Callable[[Callable[[], None]], tuple[float, int]],
+    *,
+    frugal: bool,
 ) -> None:
     """Runs a frame, and writes into its graph how each convolution is to be computed.
 
     Args:
         gm: Of the graph that computes everything everywhere.
         inputs: Of the frame.
-        milliseconds: Times a call.
+        measure: The milliseconds of a call, and the bytes that it works in.
+        frugal: Whether memory is short.
     """
-    _Chooser(gm, milliseconds).run(*inputs)
+    _Chooser(gm, measure, frugal).run(*inputs)
 
 
 class _Chooser(fx.Interpreter):
     def __init__(
-        self, gm: fx.GraphModule, milliseconds: Callable[[Callable[[], None]], float]
+        self,
+        gm: fx.GraphModule,
+        measure: Callable[[Callable[[], None]], tuple[float, int]],
+        frugal: bool,
     ) -> None:
         super().__init__(gm)
-        self._milliseconds = milliseconds
+        self._measure, self._frugal = measure, frugal
         self._quickest: dict[tuple[Any, ...], str] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -49,11 +60,14 @@ class _Chooser(fx.Interpreter):
             if len(found) > 1:
                 alike = (found, *map(_kind, args))
                 if alike not in self._quickest:
-                    calls = {way: partial(conv2d_everywhere, *args, way=way) for way in found}
-                    times = {way: self._milliseconds(call) for way, call in calls.items()}
-                    self._quickest[alike] = min(times, key=lambda way: times[way])
+                    costs = {way: self._cost(partial(n.target, *args, way=way)) for way in found}
+                    self._quickest[alike] = min(costs, key=lambda way: costs[way])
                 n.kwargs = {"way": self._quickest[alike]}
         return super().run_node(n)
+
+    def _cost(self, call: Callable[[], None]) -> tuple[int, float]:
+        milliseconds, needed = self._measure(call)
+        return needed if self._frugal else 0, milliseconds
 
 
 def _kind(argument: Any) -> Any:

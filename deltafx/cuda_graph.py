@@ -8,9 +8,10 @@
 Enters: the lowered graphs with their tensors, on a CUDA device. Leaves: a callable in place of the
 graph's own function, which costs a launch instead of hundreds. The first frames run without one,
 so that everything that is set up once is; then one is captured. Frames are compared where they are,
-by a graph that is told their address; those that are read by more than one comparison are copied
-into memory of the graph's own, and results out of it. Nothing waits for the device. In the lowered
-graph, calls that need not wait for one another run beside each other.
+by a graph that is told their address (in another layout, as a copy in this one); those that are
+read by more than one comparison are copied into memory of the graph's own, and results out of it.
+Nothing waits for the device. In the lowered graph, calls that need not wait for one another run
+beside each other.
 
 All branches are evaluations of the same function on the same state, which each leaves valid: so a
 frame may take any branch, whatever the frames before it took, and the choice is one of cost alone.
@@ -20,7 +21,7 @@ frame, in which one kernel clears, compares and decides, and the lowered graph j
 nothing changed it finds nothing to do, and where the most did the input's mask is left empty, and
 the other branch runs beside it. The host takes it while the last frame that the device has told of
 ran the lowered graph. As they may run beside each other, the branches share nothing that both would
-write: the one that computes everywhere has masks of its own, all set, and counts and lists.
+write: the one that computes everywhere has a mask of its own, all set, and counts and a list.
 
 Where a frame cannot be captured (a dense op that synchronizes, or whose work depends on values),
 the frames go on without a graph, and a `CudaGraphWarning` says so once. Where only the branches
@@ -53,7 +54,7 @@ from deltafx.state import (
     MASKS,
     NOT_FINITE,
     StatePlan,
-    allocate_frame,
+    allocate_everywhere,
     lose_state,
     place_name,
 )
@@ -235,6 +236,7 @@ class FrameGraph:
                     self._capture_whole()
             except RuntimeError as error:
                 self._fail(_reason(error))
+            self._inputs = []  # those that are read are held by who launches the graph
 
     def _against_branches(self) -> str | None:
         compared = len(self._parts.masks)
@@ -405,9 +407,9 @@ class FrameGraph:
         # Outside of a frame: no other op has a candidate.
         torch.ops.deltafx.clear_masks(self._tensors[MASKS], self._tensors[COUNTS])
         gm = fx.GraphModule(self._tensors, self._everywhere)
-        choose_ways(gm, tuple(self._inputs), _milliseconds_in_graph)
-        of_frame = allocate_frame(self._plan)
-        of_frame[MASKS].fill_(True)
+        frugal = self._plan.scratch_bytes() > 0
+        choose_ways(gm, tuple(self._inputs), _measure_in_graph, frugal=frugal)
+        of_frame = allocate_everywhere(self._plan)
         counts = of_frame[COUNTS]
         # What the graph does not use is not kept.
         run = fx.GraphModule({**self._tensors, **of_frame}, self._everywhere)
@@ -523,11 +525,13 @@ def _record(
     return graph, returned
 
 
-def _milliseconds_in_graph(run: Callable[[], None]) -> float:
-    """The time of a call without that of its launches; keeps no memory."""
+def _measure_in_graph(run: Callable[[], None]) -> tuple[float, int]:
+    """The time of a call without that of its launches, and the bytes that it works in."""
     run()  # once before, so that cuDNN chooses its algorithms
     graph, _ = _record(run)
-    return _milliseconds(lambda: None, graph)
+    pool = graph.pool()
+    segments = (s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == pool)
+    return _milliseconds(lambda: None, graph), sum(s["total_size"] for s in segments)
 
 
 def _milliseconds(prepare: Callable[[], None], body: torch.cuda.CUDAGraph) -> float:
