@@ -12,6 +12,7 @@ concatenation) is copied by a `gather_channels`, which works at active sites onl
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -57,15 +58,24 @@ def plan_state(gm: fx.GraphModule, context: Context) -> int:
         truncating={n.name: _channels(n) for n in operators if n.meta["truncates"]},
         workspaces=workspaces,
         device=device,
-        lists=_lists(slots) if device.type == "cuda" and operators else (),
+        lists=(_longest_list(operators),) if device.type == "cuda" and operators else (),
     )
     return len(slots)
 
 
-def _lists(slots: dict[str, Slot]) -> tuple[int, ...]:
-    """One list that is long enough for every operator."""
-    sites = max(slot.sites for slot in slots.values())
-    return (list_room(sites, max(slot.shape[0] for slot in slots.values())),)
+def _longest_list(operators: list[fx.Node]) -> int:
+    """How many ints a list takes up that is long enough for every operator that takes one.
+
+    What keeps sums has an int behind it for each of them.
+    """
+    rooms = [0]
+    for node in operators:
+        op, (n, _, h, w) = delta_op(node), value(node).shape
+        assert op is not None
+        if any(a.name == "memory" for a in op.operator._schema.arguments):
+            sums = op.workspace(node).values() if op.workspace is not None else ()
+            rooms.append(list_room(n * h * w, n) + sum(math.prod(s[:-1]) for s in sums))
+    return max(rooms)
 
 
 def _room(node: fx.Node, channels: int) -> int:
