@@ -9,11 +9,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from deltafx.errors import InvalidOptionError
 
 POLICIES = ("rms", "max")
+
+MANY_STREAMS = 8
+STATE_SHARE = 1.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Config:
             inner maps of blocks of convolutions are computed anew wherever the block is. That costs
             multiply-adds, and nothing is truncated within a block; results are otherwise the same.
             On CUDA devices; where it cannot be held, a `StateLimitWarning` says so. `None` is no
-            limit.
+            limit. `"auto"` is one for `MANY_STREAMS` streams and more, where memory decides how
+            many there can be: `STATE_SHARE` of what the dense model's feature maps take at their
+            peak, with which the whole takes about half as much again as the dense model.
         cuda_graph: Whether a frame on a CUDA device is launched as one CUDA graph.
         dense_above: In such a graph, the share of the input's squares of 16x16 sites that must have
             changed for a frame to be computed everywhere, convolutions by cuDNN; 1 is never. It is
@@ -58,7 +63,7 @@ class Config:
     refresh_every: int = 6
     scale_floor: float = 0.05
     max_states: int = 4
-    max_state_bytes: int | None = None
+    max_state_bytes: int | Literal["auto"] | None = "auto"
     cuda_graph: bool = True
     dense_above: float | None = None
 
@@ -85,10 +90,12 @@ class Config:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InvalidOptionError(f"{name} must be an int >= {least}, not {value!r}")
         limit = self.max_state_bytes
-        if limit is not None and (
+        if limit not in (None, "auto") and (
             isinstance(limit, bool) or not isinstance(limit, int) or limit < 1
         ):
-            raise InvalidOptionError(f"max_state_bytes must be an int >= 1 or None, not {limit!r}")
+            raise InvalidOptionError(
+                f'max_state_bytes must be an int >= 1, "auto" or None, not {limit!r}'
+            )
         share = self.dense_above
         if share is not None and (
             isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1

@@ -24,6 +24,7 @@ from deltafx.passes.fuse_residuals import fuse_residuals
 from deltafx.passes.fuse_separables import fuse_separables
 from deltafx.passes.lift_layouts import lift_layouts
 from deltafx.passes.list_ahead import list_ahead
+from deltafx.passes.live_bytes import live_bytes
 from deltafx.passes.match_shuffles import match_shuffles
 from deltafx.passes.plan_state import plan_state
 from deltafx.passes.raise_ops import raise_ops
@@ -60,6 +61,7 @@ PIPELINE: tuple[tuple[Pass, str], ...] = (
 def run_pipeline(gm: fx.GraphModule, context: Context) -> None:
     """Runs all passes on a normalized graph; leaves the plan and the counts in the context."""
     verify(gm.graph, "normalized")
+    context.dense_bytes = live_bytes(gm.graph)
     for rewrite, stage in PIPELINE:
         name = rewrite.__name__
         context.counts[name] = context.counts.get(name, 0) + rewrite(gm, context)

@@ -20,14 +20,15 @@ class Context:
         config: The options.
         counts: How many rewrites each pass did, by its name, in order.
         refusals: By node, why a rule left it dense.
-        truncated: Names of the delta nodes that truncate.
+        plan: Of the state, once there is one.
+        dense_bytes: What the feature maps of a dense run take at their peak.
     """
 
     config: Config
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     refusals: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
     plan: Any = None
-    nodes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dense_bytes: int = 0
 
 
 def add_constant(gm: fx.GraphModule, tensor: Tensor, near: fx.Node) -> fx.Node:

@@ -111,7 +111,7 @@ def _emit(gm: fx.GraphModule, config: Config) -> Instance:
     context = Context(config)
     run_pipeline(gm, context)
     limit, needed = config.max_state_bytes, context.plan.bytes()
-    if limit is not None and needed > limit:
+    if isinstance(limit, int) and needed > limit:
         warnings.warn(
             f"a state takes {needed} bytes, and max_state_bytes is {limit}: no other maps can be "
             "computed anew",

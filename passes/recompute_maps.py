@@ -34,6 +34,7 @@ from typing import Any
 
 from torch import fx
 
+from deltafx.config import MANY_STREAMS, STATE_SHARE
 from deltafx.ops import delta_op, is_view
 from deltafx.ops.base import value
 from deltafx.ops.binary import binary
@@ -150,8 +151,8 @@ class Block:
 
 def recompute_maps(gm: fx.GraphModule, context: Context) -> int:
     """Chooses blocks; returns how many maps are not kept."""
-    plan, limit = context.plan, context.config.max_state_bytes
-    if limit is None or not plan.lists or plan.bytes() <= limit:
+    plan, limit = context.plan, _limit(context)
+    if not plan.lists or plan.bytes() <= limit:
         return 0
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     given = context.config.thresholds
@@ -160,6 +161,15 @@ def recompute_maps(gm: fx.GraphModule, context: Context) -> int:
     for block in chosen:
         context.plan = _apply(block, context.plan, len(plan.lists))
     return sum(len(block.inner) for block in chosen)
+
+
+def _limit(context: Context) -> float:
+    """How many bytes the state is to have at most."""
+    limit = context.config.max_state_bytes
+    if limit == "auto":
+        streams = max((slot.shape[0] for slot in context.plan.slots.values()), default=0)
+        limit = int(STATE_SHARE * context.dense_bytes) if streams >= MANY_STREAMS else None
+    return math.inf if limit is None else limit
 
 
 def _blocks(
@@ -275,11 +285,12 @@ def _in_parts(
     more = sum(_macs(n) * (_sites(n, windows[n]) - _sites(n, _window_over(n))) for n in calls)
     saved = sum(plan.slots[n.name].map_bytes for n in inner)
     read_until = [_last_reader(n, calls) for n in inner]
+    over = [_written_over(n, inner, read_until) for n in inner]
     for parts in PARTS:
         if parts > 1 and (streams % parts > 0 or source.target is encode):
             continue
         slots = [_in_turns(plan.slots[n.name], parts) for n in inner]
-        offsets = _offsets(slots, read_until)
+        offsets = _offsets(slots, read_until, over)
         scratch = max(o + slot.map_bytes for o, slot in zip(offsets, slots, strict=True))
         launches = parts * (len(calls) + len(lists)) - len(calls)
         extra = streams * more + _found(lists) + LAUNCH * launches
@@ -378,10 +389,37 @@ def _last_reader(node: fx.Node, calls: Sequence[fx.Node]) -> int:
     return max(i for i, call in enumerate(calls) if call in node.users)
 
 
-def _offsets(slots: Sequence[Slot], read_until: Sequence[int]) -> tuple[int, ...]:
-    """Where maps lie of which each is there from its own call to its last reader's."""
+def _written_over(node: fx.Node, inner: Sequence[fx.Node], read_until: Sequence[int]) -> int | None:
+    """Which of the inner maps a convolution may be written over: its residual, read last by it.
+
+    Each value of that is read by the thread that writes this one there. For a dense frame a kernel
+    of ours does so, which takes pointwise convolutions in half precision.
+    """
+    residual: Any = node.kwargs.get("residual")
+    if residual not in inner or node.kwargs["x"] is residual or not _is_pointwise(node):
+        return None
+    at = inner.index(residual)
+    alike = value(residual).shape == value(node).shape and value(node).dtype.itemsize == 2
+    return at if alike and read_until[at] == inner.index(node) else None
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """Whether each site of a convolution reads just that site."""
+    return node.target is conv2d and window_of(node).is_own_site
+
+
+def _offsets(
+    slots: Sequence[Slot], read_until: Sequence[int], over: Sequence[int | None]
+) -> tuple[int, ...]:
+    """Where maps lie of which each is there from its own call to its last reader's.
+
+    `over`: for each the one in whose place it is to be, if any.
+    """
     offsets: list[int] = []
     for i, slot in enumerate(slots):
+        if (same := over[i]) is not None:
+            offsets.append(offsets[same])
+            continue
         taken = sorted(
             (offsets[j], offsets[j] + slots[j].map_bytes) for j in range(i) if read_until[j] >= i
         )

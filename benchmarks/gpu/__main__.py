@@ -9,8 +9,8 @@ tensors that later frames keep.
 For `vtest.avi` two options are searched, as a user would: of each `refresh_every` the highest
 threshold within the JPEG's error, and of these the quickest.
 
-With many streams also a small state is timed (`small_state`): with the `max_state_bytes` for which
-the peak is `SMALL` times the dense model's, the thresholds being those of the others.
+With many streams, where a state is limited by default, also one that keeps all maps is timed
+(`all_kept`), by the same thresholds.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from benchmarks.gpu.measure import (
     time_frames,
 )
 from benchmarks.gpu.workloads import WORKLOADS, Workload
+from deltafx.config import MANY_STREAMS
 
 COMPILED = {
     "compile": None,
@@ -68,7 +69,7 @@ THRESHOLDS = (
 )
 REFRESHES = (4, 5, 6, 8, 12)
 JPEG_FRAMES = 4
-MANY, SMALL = 16, 1.5
+ALL_KEPT = {"max_state_bytes": None}
 
 
 def main() -> None:
@@ -143,9 +144,9 @@ def run_workload(workload: Workload, args: argparse.Namespace, limits: dict[str,
         clips["vtest"] = scenes.vtest(workload.streams, 24)
     result: dict[str, Any] = {"dense": {}, "clips": {}, "memory": memory(workload, clips, args)}
     print(f"  {workload.name} memory: {result['memory']}", flush=True)
-    if workload.streams >= MANY:
-        result["small_state"] = small_memory(workload, clips, args, result["memory"])
-        print(f"  {workload.name} small_state: {result['small_state']}", flush=True)
+    if workload.streams >= MANY_STREAMS:
+        result["all_kept"] = {"memory": memory(workload, clips, args, **ALL_KEPT)}
+        print(f"  {workload.name} all kept: {result['all_kept']}", flush=True)
     exact = workload.build().cuda().to(memory_format=torch.channels_last)
     half = copy.deepcopy(exact).half()
     example = scenes.normalized(clips["box_0.05"][0], "cuda")
@@ -176,46 +177,29 @@ def run_workload(workload: Workload, args: argparse.Namespace, limits: dict[str,
             print(f"  {workload.name} {column} {name}: {json.dumps(shown)}", flush=True)
         del ours
         release()
-    if "small_state" in result and "fp16" in args.ours:
-        small, found = result["small_state"], result["clips"]
-        small["clips"] = small_clips(workload, clips, half, exact, args, limits, result)
-        for name, clip in small["clips"].items():
-            clip["ratio_to_kept"] = found[name]["fp16"]["mean"] / clip["mean"]
+    if "all_kept" in result and "fp16" in args.ours:
+        kept, limited = result["all_kept"], result["clips"]
+        kept["clips"] = all_kept_clips(clips, half, exact, args, limits, limited)
+        for name, clip in kept["clips"].items():
             if best is not None:
                 clip["ratio_to_best_dense"] = best / clip["mean"]
-            print(f"  {workload.name} small state {name}: {json.dumps(clip)}", flush=True)
+            print(f"  {workload.name} all kept {name}: {json.dumps(clip)}", flush=True)
         release()
     return result
 
 
-def small_memory(
-    workload: Workload, clips: dict[str, list[Tensor]], args: argparse.Namespace, kept: dict
-) -> dict[str, Any]:
-    """The limit at which the peak is `SMALL` times that of the dense model, and the memory then.
-
-    What there is besides the state is not known before, so it is measured twice.
-    """
-    found, limit = kept, 0
-    for _ in range(2):
-        limit = int(SMALL * found["dense_fp16_eager"]) - (found["ours"] - found["state"])
-        found = memory(workload, clips, args, max_state_bytes=limit)
-    return {"max_state_bytes": limit, "memory": found}
-
-
-def small_clips(
-    workload: Workload, clips: dict[str, list[Tensor]], half: nn.Module, exact: nn.Module,
-    args: argparse.Namespace, limits: dict[str, float], result: dict[str, Any],
+def all_kept_clips(
+    clips: dict[str, list[Tensor]], half: nn.Module, exact: nn.Module,
+    args: argparse.Namespace, limits: dict[str, float], limited: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Some clips with a small state, by the thresholds that were found for them."""
+    """Some clips with a state of all maps, by the thresholds that were found for them."""
     made: dict[str, Any] = {}
     for name in ("box_0.05", "nothing", "everything", "vtest"):
         if name not in clips:
             continue
-        known = result["clips"][name]["fp16"]
-        options = {"max_state_bytes": result["small_state"]["max_state_bytes"]}
-        if "refresh_every" in known:
-            options["refresh_every"] = known["refresh_every"]
-        ours = Ours(half, torch.float16, args, limits, **options)
+        known = limited[name]["fp16"]
+        more = {k: known[k] for k in ("refresh_every",) if k in known}
+        ours = Ours(half, torch.float16, args, limits, **ALL_KEPT, **more)
         frames = [ours.frame(rgb) for rgb in clips[name]]
         wanted = [exact(scenes.normalized(rgb, "cuda")) for rgb in clips[name]]
         made[name] = ours.found(frames, wanted, known["threshold"])
@@ -249,15 +233,20 @@ def memory(
 
     def frame(i: int) -> Tensor:
         x = scenes.normalized(moving[i], "cpu").half()
-        return x.cuda(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last).cuda()
 
     model(frame(0))
     dense = peak_bytes(lambda: model(frame(0)))
     release()
     ours = deltafx.compile(model, threshold=args.threshold, **options)
-    first = peak_bytes(lambda: [ours(frame(i)) for i in range(4)])
+
+    def run(*frames: int) -> None:
+        for i in frames:
+            ours(frame(i))
+
+    first = peak_bytes(lambda: run(0, 1, 2, 3))
     release()
-    peak = peak_bytes(lambda: [ours(frame(i)) for i in (4, 5)])
+    peak = peak_bytes(lambda: run(4, 5))
     return {
         "weights": weights,
         "dense_fp16_eager": dense,

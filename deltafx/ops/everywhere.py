@@ -57,7 +57,7 @@ def conv2d_everywhere(
         packed: The same as `torch.ops.deltafx.pack_conv_weight` makes it.
         bias: [O], fp32; this and all below as in `deltafx.ops.conv2d.conv2d`.
         rounded_bias: [O], the same in the dtype of `x`; zeros for none.
-        residual: [N, O, H', W'].
+        residual: [N, O, H', W']; it may be `acc`.
         pre_scale: [I].
         pre_shift: [I].
         pre_act: Name.
@@ -106,7 +106,8 @@ def conv2d_everywhere(
             return
         except RuntimeError:
             pass  # no such kernel in cuDNN; nothing was launched
-    y = acc if _is_whole(acc) else torch.empty_like(acc, memory_format=torch.channels_last)
+    own = _is_whole(acc) and not _lies_over(acc, residual)
+    y = acc if own else torch.empty_like(acc, memory_format=torch.channels_last)
     y = _as_channels_last(y)
     # It tries its algorithms at the first call of each shape, which is before any capture.
     torch.ops.aten.cudnn_convolution.out(
@@ -170,6 +171,7 @@ def _is_fusable(
     """Whether cuDNN may do all of a convolution in half precision."""
     last = act == "identity" or (act == "relu" and (residual is None or not residual_after_act))
     whole = _is_whole(acc) and (residual is None or _is_whole(residual))
+    whole = whole and not _lies_over(acc, residual)
     return groups == 1 and last and whole
 
 
@@ -227,6 +229,11 @@ def _as_channels_last(t: Tensor) -> Tensor:
     _, c, h, w = t.shape
     t = t.contiguous(memory_format=torch.channels_last)
     return t.as_strided(t.shape, (h * w * c, 1, w * c, c))
+
+
+def _lies_over(acc: Tensor, residual: Tensor | None) -> bool:
+    """Whether a result takes the place of the residual."""
+    return residual is not None and acc.data_ptr() == residual.data_ptr()
 
 
 def _is_whole(t: Tensor) -> bool:

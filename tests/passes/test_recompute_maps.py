@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from deltafx.config import Config
+from deltafx.config import MANY_STREAMS, STATE_SHARE, Config
 from deltafx.ops.base import constant
 from deltafx.passes.compute_everywhere import compute_everywhere
 from deltafx.passes.list_ahead import AHEAD, list_ahead
+from deltafx.passes.live_bytes import live_bytes
 from deltafx.passes.lower_ops import lower_ops
 from deltafx.passes.run_beside import BESIDE, run_beside
 from deltafx.passes.share_lists import LIST, share_lists
@@ -29,7 +30,7 @@ from deltafx.state import (
     mask_name,
 )
 from deltafx.verify import verify
-from tests.passes.graphs import Tiny, before, give_lists, whole
+from tests.passes.graphs import Tiny, before, give_lists, normalized, whole
 
 module: Any = importlib.import_module("deltafx.passes.recompute_maps")
 BLOCK, recompute_maps = module.BLOCK, module.recompute_maps
@@ -37,11 +38,12 @@ find_candidates = torch.ops.deltafx.find_candidates.default
 
 
 def with_limit(
-    model: nn.Module, *xs: Tensor, limit: int | None = 1, **options: Any
+    model: nn.Module, *xs: Tensor, limit: Any = 1, **options: Any
 ) -> tuple[fx.GraphModule, Any, int]:
     """The planned graph after the pass, as for a device with lists; and the pass's count."""
     gm, context = before(recompute_maps, model, *xs)
     context.config = Config(max_state_bytes=limit, **options)
+    context.dense_bytes = live_bytes(normalized(model, *xs).graph)
     give_lists(context)
     count = recompute_maps(gm, context)
     verify(gm.graph, "planned", context.plan)
@@ -232,10 +234,15 @@ def test_maps_in_the_scratch_memory_do_not_overlap_while_they_are_read():
     for _ in range(200):
         slots = [module.Slot(str(i), (1, rng.randint(1, 9), 8, 8), torch.float32) for i in range(8)]
         until = [rng.randint(i + 1, 9) for i in range(8)]
-        offsets = module._offsets(slots, until)
+        over: list[int | None] = [None] * 8
+        i = rng.randrange(7)
+        j = rng.randrange(i + 1, 8)
+        slots[j], until[i], over[j] = slots[i], j, i
+        offsets = module._offsets(slots, until, over)
+        assert offsets[j] == offsets[i]
         ends = [offset + slot.map_bytes for offset, slot in zip(offsets, slots, strict=True)]
         for i, j in itertools.combinations(range(8), 2):
-            apart = ends[i] <= offsets[j] or ends[j] <= offsets[i]
+            apart = ends[i] <= offsets[j] or ends[j] <= offsets[i] or over[j] == i
             assert apart or until[i] < j, "the second is written while the first may be read"
         rooms = sum(slot.map_bytes + module.ALIGNED for slot in slots)
         assert max(ends) <= rooms
@@ -395,6 +402,31 @@ def test_a_pool_of_a_block_has_no_list_in_a_dense_frame(monkeypatch):
 def _argument(name: str) -> int:
     schema = torch.ops.deltafx.conv2d.default._schema
     return [a.name for a in schema.arguments].index(name)
+
+
+def test_a_sum_is_written_over_its_residual(monkeypatch):
+    """In half precision, where a 1x1 convolution adds what nobody reads behind it."""
+    net = bottlenecks(1, 1, 1, 1)
+    fix_blocks(monkeypatch, stem="three3")
+    for dtype in (torch.float32, torch.bfloat16):
+        gm, context, _ = with_limit(net.to(dtype), whole(1, 2, 24, 24).to(dtype))
+        slots = {name: context.plan.slots[name] for name in not_kept(context)}
+        over = 0
+        for node in gm.graph.nodes:
+            residual = node.kwargs.get("residual")
+            if node.name in slots and residual is not None and residual.name in slots:
+                same = slots[node.name].scratch == slots[residual.name].scratch
+                assert same == (dtype.itemsize == 2)
+                over += same
+        assert over == (2 if dtype.itemsize == 2 else 0)
+
+
+@pytest.mark.parametrize("streams", [MANY_STREAMS - 1, MANY_STREAMS])
+def test_many_streams_have_a_limit(streams):
+    _, context, count = with_limit(bottlenecks(1, 1, 1), whole(streams, 2, 20, 20), limit="auto")
+    assert (count > 0) == (streams == MANY_STREAMS)
+    if count:
+        assert context.plan.bytes() <= STATE_SHARE * context.dense_bytes
 
 
 def test_no_lists_on_the_cpu():
