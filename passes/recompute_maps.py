@@ -145,8 +145,8 @@ class Block:
 
     @property
     def list_bytes(self) -> int:
-        """Bytes of its lists."""
-        return sum(4 * _room(found, self.parts) for found in self.lists)
+        """Bytes of its lists, but for the one that is every operator's."""
+        return sum(4 * _room(found, self.parts) for found in self.lists[:-1])
 
 
 def recompute_maps(gm: fx.GraphModule, context: Context) -> int:
@@ -497,7 +497,7 @@ class _Row:
 
 
 def _apply(block: Block, plan: StatePlan, first: int) -> StatePlan:
-    """The plan in which the inner maps of a block are not kept; `first`: the first list for it."""
+    """The plan in which the inner maps of a block are not kept; `first`: its first own list."""
     slots, truncating = dict(plan.slots), dict(plan.truncating)
     turns, seen = dict(plan.turns), set(plan.seen_in_parts)
     if block.parts > 1:
@@ -510,7 +510,9 @@ def _apply(block: Block, plan: StatePlan, first: int) -> StatePlan:
         node.meta["truncates"] = False
         truncating.pop(node.name, None)
     lists = list(plan.lists)
-    for i, found in enumerate(block.lists, first):
+    # What is read first is found in the row, as what operators find themselves: in the same list.
+    numbers = [*range(first, first + len(block.lists) - 1), 0]
+    for i, found in zip(numbers, block.lists, strict=False):
         for reader in found.readers:
             reader.meta[LIST] = i
         if i == len(lists):
