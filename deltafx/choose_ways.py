@@ -20,6 +20,9 @@ from torch import Tensor, fx
 
 from deltafx.ops.everywhere import conv2d_everywhere, ways
 
+LITTLE = 4 << 20
+"""Bytes; less of them is none, as torch's allocator takes small tensors out of pieces of 2 MiB."""
+
 _NAMES, _TELLING = tuple(signature(conv2d_everywhere).parameters), signature(ways).parameters
 
 
@@ -67,7 +70,7 @@ class _Chooser(fx.Interpreter):
 
     def _cost(self, call: Callable[[], None]) -> tuple[int, float]:
         milliseconds, needed = self._measure(call)
-        return needed if self._frugal else 0, milliseconds
+        return needed // LITTLE if self._frugal else 0, milliseconds
 
 
 def _kind(argument: Any) -> Any:

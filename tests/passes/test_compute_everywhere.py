@@ -204,8 +204,9 @@ def test_the_best_way_is_written_into_the_graph(best, frugal, monkeypatch):
         way = call.keywords["way"]
         tried.append(way)
         if frugal:
-            return {best: 2.0, "apart": 3.0}.get(way, 1.0), 0 if way in (best, "apart") else 1
-        return 1.0 if way == best else 2.0, 9 if way == best else 0
+            little, much = choose_ways.LITTLE - 1, choose_ways.LITTLE
+            return {best: (2.0, little), "apart": (3.0, 0)}.get(way, (1.0, much))
+        return (1.0, choose_ways.LITTLE) if way == best else (2.0, 0)
 
     parts = split_frame(everywhere)
     fx.GraphModule(tensors, parts.head)(x)
