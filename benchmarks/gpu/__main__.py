@@ -134,6 +134,7 @@ def parse() -> argparse.Namespace:
 def release() -> None:
     torch._dynamo.reset()
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 
 
