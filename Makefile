@@ -47,7 +47,7 @@ bench-gpu: build
 # errors within its blocks. Tests that hold a result against cuDNN's are left out: racecheck breaks
 # off in some of its kernels, and initcheck does not see what they write.
 SANITIZED := bfloat16-65-random or (test_conv2d_features and random) or test_lists_hold or \
-    (test_listed and one) or (test_depthwise and one)
+    (test_listed and one) or (test_depthwise and one) or in_place_sums
 sanitize: build
 	for tool in memcheck "racecheck --kernel-name kns=deltafx" initcheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \

@@ -16,7 +16,7 @@ from torchvision.ops import SqueezeExcitation
 import deltafx
 from deltafx.errors import StateLimitWarning, UnknownNodeError
 from tests.bottleneck import Bottleneck
-from tests.cuda.test_lists import HALVES, blocks, clip
+from tests.cuda.test_lists import HALVES, a_list, blocks, clip, random_mask
 from tests.exactness import exact_over
 from tests.nets import Net, nets
 from tests.scenes import Scene, scenes
@@ -127,6 +127,40 @@ def test_a_small_state_changes_nothing(make: Any, dtype: torch.dtype) -> None:
         least.accumulator(some[0])
     assert not set(some) & set(least.thresholds)
     assert len(some) + len(least.thresholds) >= len(kept.thresholds)
+
+
+def conv_1x1(acc: Tensor, residual: Tensor, mask: Tensor, packed: Tensor, x: Tensor) -> None:
+    """A pointwise convolution of `x` and its sum with a residual, at the sites of a mask."""
+    n, _, h, w = acc.shape
+    memory, counts = a_list(n, h, w)
+    memory[:4] = 0
+    own, one, none = random_mask(n, h, w, 0), [1, 1], [0, 0]
+    torch.ops.deltafx.conv2d(
+        acc, own, counts, x, mask, packed, None, residual, mask, None, None,
+        "identity", one, one, none, one, 1, False, "relu", [], None, None, None, "rms", memory,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(64, 256, 40, 48), (512, 128, 9, 7), (24, 72, 30, 50)], ids=str)
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_in_place_sums(dtype: torch.dtype, density: float, shape: tuple[int, ...]) -> None:
+    """A sum that is written over its residual is that which is written elsewhere."""
+    torch.manual_seed(0)
+    i, o, h, w = shape
+    with torch.device("cuda"):
+        like = {"dtype": dtype, "memory_format": torch.channels_last}
+        x, residual = (torch.randn(2, c, h, w).to(**like) for c in (i, o))
+        weight = torch.randn(o, i, 1, 1).to(dtype)
+        mask, apart, over = random_mask(2, h, w, density), residual.clone(), residual.clone()
+    packed = torch.ops.deltafx.pack_conv_weight(weight, [1, 1], [0, 0], [1, 1], 1, False)
+    conv_1x1(apart, residual, mask, packed, x)
+    conv_1x1(over, over, mask, packed, x)
+    torch.cuda.synchronize()
+    assert torch.equal(over, apart)
+    changed = (over != residual).any(1)
+    assert changed.sum() > 0.9 * mask.sum()
+    assert not (changed & ~mask).any()
 
 
 def test_a_dense_frame_counts_every_site_once() -> None:
